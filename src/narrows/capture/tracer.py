@@ -1,0 +1,473 @@
+"""Watches a module run on the meta device and writes down what it did, operator by operator, as `Event`s."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from narrows.capture import aten
+from narrows.graph import BF16, DTYPES, FP16, FP32, DType, Op
+from narrows.kinds import KINDS
+from narrows.step import Step
+
+# For operators of one's own, by full name ('narrows::packed_linear'): the fields of the Op from (args, kwargs, result).
+CUSTOM: dict[str, Callable[[Any, Any, Any], dict[str, Any]]] = {}
+
+_FORMATS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16, torch.float64: DTYPES["fp64"],
+            torch.float8_e4m3fn: DTYPES["fp8"], torch.float8_e5m2: DTYPES["fp8"], torch.int8: DTYPES["int8"]}  # fmt: skip
+
+View = tuple[int, int, int, float]  # storage, first and last place in it, bytes
+
+
+def dtype_of(tensor: Tensor) -> DType:
+    """The storage format of a tensor's numbers."""
+    return _FORMATS.get(tensor.dtype) or DType(str(tensor.dtype).removeprefix("torch."), tensor.element_size() * 8)
+
+
+@dataclass
+class Event:
+    """One operator that ran, or one semantic op in place of the operators inside it.
+
+    path, label   where it ran (`leaf` may be a nameless activation inside), and which operator
+    kind, dims    as in an Op; '' for arithmetic number by number
+    reads, writes views of activations; `sources` are the events that made what it reads
+    params        parameters it reads: name and elements of the view
+    op            the finished op, where a module describes itself
+    """
+
+    path: str
+    leaf: str
+    label: str
+    phase: str
+    kind: str = ""
+    dims: dict[str, Any] = field(default_factory=dict)
+    flop: float = 0.0
+    reads: list[View] = field(default_factory=list)
+    writes: list[View] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    params: list[tuple[str, int]] = field(default_factory=list)
+    act: DType = FP32
+    weight: DType | None = None
+    cache: DType | None = None
+    op: Op | None = None
+    held_by: Callable[[], float] | None = None  # elements left in the cache when the step is over
+
+    @property
+    def product_flop(self) -> float:
+        return float(KINDS[self.kind].flop(KINDS[self.kind].defaults | self.dims)) if self.kind else self.flop
+
+    @property
+    def backward_flop(self) -> float:
+        return self.product_flop * KINDS[self.kind].backward[0] if self.kind else 0.0
+
+
+class Tracer(TorchDispatchMode):
+    """Records events while it is entered; `paused` work leaves no trace but still runs.
+
+    `names` maps every parameter's storage to its name. After a run: `events`, `saved` (bytes that autograd keeps,
+    by storage), `backward` (of each event with a gradient, the FLOP of its products in the backward pass).
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.root = root
+        self.paths = {id(m): name for name, m in root.named_modules()}
+        self.params = {_key(p): name for name, p in root.named_parameters() if not _opaque(p)}
+        self.formats = {name: dtype_of(p) for name, p in root.named_parameters()}
+        self.events: list[Event] = []
+        self.saved: dict[int, float] = {}
+        self.backward: dict[int, float] = {}
+        self.described: set[str] = set()  # modules that gave their own op
+        self.failed_in: str | None = None
+        self._stack: list[tuple[str, nn.Module]] = []
+        self._paused = 0
+        self._producer: dict[int, int] = {}  # storage: last event that wrote it
+        self._alias: dict[int, tuple[int, ...]] = {}  # storage: others that it stands for
+        self._node: dict[int, int] = {}  # autograd sequence number: event
+        self._keep: list[Any] = []  # storages live as long as the trace, so that their keys stay theirs
+        self._schemas: dict[Any, tuple[str, tuple[int, ...]]] = {}
+
+    # entering and leaving modules
+
+    @contextmanager
+    def watch_modules(self) -> Iterator[None]:
+        """Follow which module runs, by its path, for as long as the context lasts."""
+        original = nn.Module.__call__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            path = self.paths.get(id(module))
+            if path is None:
+                path = f"{self.path}.{type(module).__name__}".lstrip(".")
+            self._stack.append((path, module))
+            done = False
+            try:
+                out = self._described(module, path, original, args, kwargs)
+                done = True
+                return out
+            finally:
+                if not done and self.failed_in is None:
+                    self.failed_in = path or type(module).__name__
+                self._stack.pop()
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+    def _described(self, module: nn.Module, path: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module; one that describes itself by `graph_op(name, rows, act)` gives its op and is not looked into."""
+        describe = getattr(module, "graph_op", None)
+        if describe is None or self._paused:
+            return call(module, *args, **kwargs)
+        given = _tensors((args, kwargs))
+        with self.paused(), torch.no_grad():
+            out = call(module, *args, **kwargs)
+        op = describe(path, given[0].numel() // given[0].shape[-1], dtype_of(given[0]))
+        self.described.add(path)
+        return self.stand_in(_tensors(out)[0], [*given, *module.parameters()], op.kind, dict(op.dims), op=op)
+
+    @property
+    def path(self) -> str:
+        return self._stack[-1][0] if self._stack else ""
+
+    def _place(self) -> tuple[str, str]:
+        """The path that owns what runs now, and that of the activation inside it, if one runs (it has no weights)."""
+        leaf = path = self.path
+        if len(self._stack) > 1:
+            module = self._stack[-1][1]
+            if not (module._modules or module._parameters or module._buffers):
+                path = self._stack[-2][0]
+        return path, leaf
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what runs inside."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def unseen(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, run paused; what it gives stands for the tensors it was given."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.paused():
+                out = function(*args, **kwargs)
+            given = [t for t in _tensors((args, kwargs)) if t.is_floating_point()]
+            made = [t for t in _tensors(out) if _key(t) not in self._producer]
+            for i, tensor in enumerate(made):
+                own = given[i : i + 1] if len(made) == len(given) else given
+                self._keep.append(tensor.untyped_storage())
+                self._alias[_key(tensor)] = tuple(k for t in own for k in self._resolve(_key(t)))
+            return out
+
+        return run
+
+    # recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self._paused:
+            self._record(func, args, kwargs or {}, out)
+        return out
+
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        name, mutated = self._schema(func)
+        given, made = _tensors((args, kwargs)), _tensors(out)
+        if not made:
+            return
+        for tensor in made:
+            self._keep.append(tensor.untyped_storage())
+        inside = {_key(t) for t in given}
+        if not mutated and (name in aten.FREE or all(_key(t) in inside for t in made)):
+            self._own_node(-1)
+            return
+        if name == "_to_copy" and _key(given[0]) in self.params:  # a cast parameter is that parameter
+            self._alias[_key(made[0])] = (_key(given[0]),)
+            return
+        phase = self._phase()
+        if phase == "backward":
+            self._backward(name, args, made)
+            return
+        if func._schema.name in CUSTOM:
+            op = Op("", **CUSTOM[func._schema.name](args, kwargs, out))
+            event = self._event(name, phase, op.kind, dict(op.dims), given, made, [t for t in given if self._param(t)])
+            event.op = op
+        elif name in aten.PRODUCTS:
+            event = self._product(name, args, made[0], phase)
+        elif name in aten.CONVOLUTIONS:
+            event = self._convolution(args, made[0], phase)
+        elif name in aten.EMBEDDINGS and _key(args[0]) in self.params:
+            table = args[0]
+            dims = {"rows": args[1].numel(), "outputs": table.shape[1], "vocabulary": table.shape[0]}
+            event = self._event(name, phase, "embedding", dims, [args[1]], made[:1], [table])
+        elif name in aten.NORMS:
+            event = self._norm(name, args, made[0], phase)
+        else:
+            written = [args[i] for i in mutated if isinstance(args[i], Tensor)] or made
+            read = [t for t in given if not (name in aten.OVERWRITES and t is args[0])]
+            flop = aten.flop_of(name, max((t.numel() for t in read), default=0), max((t.numel() for t in written), default=0))
+            event = self._event(name, phase, "", {}, read, written, [t for t in read if self._param(t)], flop)
+        self._add(event)
+
+    def _schema(self, func: Any) -> tuple[str, tuple[int, ...]]:
+        """The operator's base name, and which positional arguments it writes to."""
+        if func not in self._schemas:
+            schema = func._schema
+            written = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+            self._schemas[func] = (aten.base_name(schema.name), written if schema.is_mutable else ())
+        name, written = self._schemas[func]
+        return name, written
+
+    def _phase(self) -> str:
+        if torch._C._current_graph_task_id() == -1:
+            return "forward"
+        # a backward pass runs without grad mode; a checkpointed region switches it on to run again
+        return "recompute" if torch.is_grad_enabled() else "backward"
+
+    def _add(self, event: Event) -> None:
+        index = len(self.events)
+        event.sources = list(dict.fromkeys(p for v in event.reads if (p := self._producer.get(v[0])) is not None))
+        self.events.append(event)
+        for view in event.writes:
+            self._producer[view[0]] = index
+        self._own_node(index)
+
+    def _own_node(self, index: int) -> None:
+        """The autograd node made last belongs to this event, unless an earlier one has it (-1: a view)."""
+        if torch.is_grad_enabled():
+            self._node.setdefault(torch.autograd._get_sequence_nr() - 1, index)
+
+    def _event(
+        self, label: str, phase: str, kind: str, dims: dict[str, Any], reads: Sequence[Any], writes: Sequence[Tensor],
+        params: Sequence[Any] = (), flop: float = 0.0, act: Tensor | None = None,
+    ) -> Event:  # fmt: skip
+        path, leaf = self._place()
+        owned = [t for t in params if isinstance(t, Tensor)]
+        names = [(self._param(t), round(_view(t)[3] / t.element_size())) for t in owned]
+        act = act if act is not None else max(writes, key=lambda t: (t.is_floating_point(), t.numel()))
+        views = [v for t in reads if isinstance(t, Tensor) and not self._param(t) for v in self._views(t)]
+        return Event(path, leaf, label, phase, kind, dims, flop, views, [_view(t) for t in writes],
+                     params=names, act=dtype_of(act), weight=self.formats[names[0][0]] if names else None)  # fmt: skip
+
+    def _resolve(self, key: int) -> tuple[int, ...]:
+        return self._alias.get(key, (key,))
+
+    def _views(self, tensor: Tensor) -> list[View]:
+        key, first, last, size = _view(tensor)
+        return [(k, first, last, size) for k in self._resolve(key)]
+
+    def _param(self, tensor: Tensor) -> str:
+        """The name of the parameter that a tensor is a view or a cast of, or ''."""
+        return self.params.get(self._resolve(_key(tensor))[0], "") if self.params else ""
+
+    # operators on the matrix units
+
+    def _product(self, name: str, args: Any, out: Tensor, phase: str) -> Event:
+        at_left, at_right, at_bias = aten.PRODUCTS[name]
+        left, right, bias = args[at_left], args[at_right], args[at_bias] if at_bias is not None else None
+        inner, added = left.shape[-1], [bias] if bias is not None else []
+        if self._param(left) and not self._param(right):  # W x^T: the same layer, written the other way round
+            left, right = right.mT if right.dim() > 1 else right[None], left.mT if left.dim() > 1 else left[:, None]
+        outputs = right.shape[-1] if right.dim() > 1 else 1
+        rows = left.numel() // inner
+        if not self._param(right):
+            matrices = right.shape[0] if right.dim() > 2 else 1
+            dims = {"rows": rows, "inputs": inner, "outputs": outputs, "matrices": matrices}
+            return self._event(name, phase, "matmul", dims, [left, right, *added], [out])
+        shared = right.dim() < 3 or right.stride(0) == 0
+        biased = [t for t in added if self._param(t)]
+        dims = {"rows": rows, "inputs": inner, "outputs": outputs, "bias": len(biased), "matrices": 1 if shared else right.shape[0]}
+        return self._event(name, phase, "linear", dims, [left, *added], [out], [right, *biased], act=left)
+
+    def _convolution(self, args: Any, out: Tensor, phase: str) -> Event:
+        x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
+        return self.convolve(x, weight, bias, out, groups, phase, transposed)
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, groups: int, phase: str, transposed: bool = False
+    ) -> Event:
+        """The event of a convolution: x [B, C, ...], weight [N, C / groups, ...] (transposed: [C, N / groups, ...])."""
+        channels, outputs = x.shape[1], out.shape[1]
+        inside, outside = x.numel() // channels, out.numel() // outputs
+        if not self._param(weight):
+            rows, inner = (outside, weight.numel() // weight.shape[0])
+            return self._event("convolution", phase, "matmul", {"rows": rows, "inputs": inner, "outputs": outputs}, [x, weight], [out])
+        # a transposed convolution multiplies once per input position
+        positions, sources = (inside, outside) if transposed else (outside, inside)
+        dims = {"positions": positions, "in_positions": sources, "in_channels": outputs if transposed else channels,
+                "out_channels": channels if transposed else outputs, "kernel": weight[0, 0].numel(), "groups": groups,
+                "bias": int(bias is not None)}  # fmt: skip
+        return self._event("convolution", phase, "conv", dims, [x], [out], [weight, bias], act=x)
+
+    def _norm(self, name: str, args: Any, out: Tensor, phase: str) -> Event:
+        first, second = aten.NORMS[name]
+        affine = [t for i in sorted({first, second}) if isinstance(t := args[i] if i < len(args) else None, Tensor)]
+        per_channel = "group" in name or "batch" in name
+        width = affine[0].numel() if affine else out.shape[1] if per_channel else math.prod(args[1])
+        dims = {"rows": out.numel() // width, "width": width, "weights": len(affine), "flop_per_element": aten.NORM_FLOP}
+        return self._event(name, phase, "norm", dims, [args[0]], [out], affine)
+
+    # semantic ops
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None, cached: bool = False,
+        held_by: Callable[[], float] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of q [B, H, T, d] over k [B, K, S, d], v [B, K, S, e] as one op; gives an empty [B, H, T, e].
+
+        `causal`: the queries are the last T of the S tokens. `window` counts the keys that a query sees on its left,
+        itself included (and as many on its right if not causal).
+        """
+        batch, heads, new, width = q.shape
+        keys, value = k.shape[2], v.shape[3]
+        if causal:
+            step = Step(1, new, max(keys - new, 0))
+            sliding = f"[window={window}]" if window else ""
+            pairs, context = step[f"pairs{sliding}"], step[f"context{sliding}"]
+        else:
+            context, outside = keys, max(keys - (window or keys), 0)  # keys that one query does not see on one side
+            pairs = new * keys - outside * (outside + 1) * (new == keys)
+        held = min(keys, window) if window else keys
+        dims = {"heads": heads, "kv_heads": k.shape[1], "head_dim": width, "value_dim": value, "queries": batch * new,
+                "pairs": batch * pairs, "context": batch * context, "held": batch * held if cached else 0}  # fmt: skip
+        out = self.stand_in(q.new_empty(batch, heads, new, value), [q, k, v], "attention", dims, label="attention")
+        if not self._paused:
+            event = self.events[-1]
+            event.cache, event.held_by = (dtype_of(k) if cached else None), held_by
+        return out
+
+    def stand_in(
+        self, like: Tensor, given: Sequence[Tensor], kind: str, dims: dict[str, Any], label: str = "", op: Op | None = None
+    ) -> Tensor:
+        """Record one op in place of the operators inside it; gives an empty tensor with a gradient to all given ones.
+
+        Parameters among `given` belong to the op.
+        """
+        with self.paused(), torch.no_grad():
+            out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        index = -1
+        if not self._paused:
+            self._keep.append(out.untyped_storage())
+            event = self._event(label or kind, self._phase(), kind, dims, given, [out], [t for t in given if self._param(t)], act=given[0])
+            event.op = op
+            self._add(event)
+            index = len(self.events) - 1
+        return _StandIn.apply(self, index, out, *given)  # type: ignore[no-any-return,no-untyped-call]
+
+    # the backward pass
+
+    @contextmanager
+    def watch_saved(self) -> Iterator[None]:
+        """Add up what autograd keeps for the backward pass: whole storages, each once, parameters not."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            key = _key(tensor)
+            if key not in self.params and not self._alias.get(key) and torch._C._current_graph_task_id() == -1:
+                self._keep.append(tensor.untyped_storage())
+                self.saved[key] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    def _backward(self, name: str, args: Any, made: list[Tensor]) -> None:
+        node = torch._C._current_autograd_node()
+        index = self._node.get(node._sequence_nr(), -1) if node is not None else -1
+        if index < 0:
+            return
+        flop = 0.0
+        if name in aten.PRODUCTS:
+            flop = 2.0 * made[0].numel() * args[aten.PRODUCTS[name][0]].shape[-1]
+        elif name == "convolution_backward":
+            flop = sum(args[10][:2]) * self.events[index].product_flop
+        self.backward[index] = self.backward.get(index, 0.0) + flop
+
+    def mark_backward(self, index: int, share: float) -> None:
+        """The gradient of a semantic op ran, or a share of it."""
+        if index >= 0:
+            self.backward[index] = share * self.events[index].backward_flop
+
+
+class _StandIn(torch.autograd.Function):
+    """A semantic op as autograd sees it: keeps its inputs and output, and has a gradient for each input that wants one."""
+
+    @staticmethod
+    def forward(ctx: Any, tracer: Tracer, index: int, out: Tensor, *given: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.tracer, ctx.index = tracer, index
+        ctx.save_for_backward(*given, out)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        tracer, given, wanted = ctx.tracer, ctx.saved_tensors[:-1], ctx.needs_input_grad[3:]
+        weights = [w for w, t in zip(wanted, given, strict=True) if tracer._param(t)]
+        others = [w for w, t in zip(wanted, given, strict=True) if not tracer._param(t)]
+        tracer.mark_backward(ctx.index, (any(weights) + any(others)) / 2 if weights else 1.0)
+        with tracer.paused():
+            return None, None, None, *(torch.empty_like(t) if w else None for w, t in zip(wanted, given, strict=True))
+
+
+class Semantics(TorchFunctionMode):
+    """Takes attention whole, before PyTorch breaks it down."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is nn.functional.multi_head_attention_forward:  # without weights, so that it comes by below
+            given = kwargs.pop("need_weights", True)
+            out, _ = func(*args, **kwargs, need_weights=False)
+            query, key = args[0], args[1]
+            shape = (*query.shape[1:-1], query.shape[0], key.shape[0])
+            return out, query.new_empty(shape) if given else None
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        q, k, v = (bound[n] for n in names[:3])
+        lead = q.shape[:-2]
+        flat = [t.reshape(-1, t.shape[-3] if t.dim() > 2 else 1, *t.shape[-2:]) for t in (q, k, v)]
+        out = self.tracer.attend(*flat, causal=bool(bound.get("is_causal", False)))
+        return out.view(*lead, *out.shape[-2:])
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _opaque(tensor: Tensor) -> bool:
+    """Tensors of tensors, that have no storage of their own."""
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__")
+
+
+def _view(tensor: Tensor) -> View:
+    if tensor.numel() == 0:
+        return _key(tensor), 0, 0, 0.0
+    first, span, count = tensor.storage_offset(), 1, 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        span += (size - 1) * stride
+        count *= size if stride else 1
+    width = tensor.element_size()
+    return _key(tensor), first * width, (first + span) * width, float(count * width)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and dicts; those made of other tensors are left out."""
+    if isinstance(tree, Tensor):
+        return [] if _opaque(tree) else [tree]
+    if isinstance(tree, Mapping):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    return [t for item in tree for t in _tensors(item)]

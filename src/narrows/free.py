@@ -1,0 +1,83 @@
+"""What every user already has for nothing: the cast to bf16 and a compiler. The baseline of every speed-up."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from narrows.cost import Limit
+from narrows.graph import BF16, FP32, Graph
+from narrows.machine import Machine
+from narrows.step import Step
+from narrows.technique import Card, Example, No, Rewrites, Stage, Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _mlp() -> Example:
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    return Example(model, [{"input": torch.randn(8, 64)}], Step.forward(8))
+
+
+@dataclass(frozen=True)
+class Bf16(Rewrites):
+    """Weights and activations as bfloat16: half the bytes, and the matrix units' native format."""
+
+    card: ClassVar[Card] = Card("bf16", (Limit.COMPUTE, Limit.BANDWIDTH, Limit.CAPACITY), ("prefill", "decode", "forward", "train"),
+                                exact=False, claims=(), price="rounding to 8 bits of mantissa", stage=Stage.QUANTIZE, touches=("dtype",))  # fmt: skip
+
+    def baseline(self) -> "Bf16":
+        return self
+
+    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
+        if not any(FP32 in (op.act, op.weight) for op in graph):
+            return No("nothing in it is fp32")
+        if machine is not None and machine.peak("bf16") <= machine.peak("fp32") and machine.kind != "gpu":
+            return No(f"{machine.name} computes bf16 no faster than fp32")
+        return True
+
+    def rewrite(self, graph: Graph) -> Graph:
+        def cast(dtype):  # type: ignore[no-untyped-def]
+            return BF16 if dtype == FP32 else dtype
+
+        return graph.map(lambda op: replace(op, act=cast(op.act), weight=cast(op.weight), cache=cast(op.cache)))
+
+    def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
+        import torch
+
+        return model.to(torch.bfloat16)
+
+    @classmethod
+    def example(cls) -> Example:
+        return _mlp()
+
+
+@dataclass(frozen=True)
+class Compile(Rewrites):
+    """`torch.compile`: pointwise runs become one kernel each, and the host launches less."""
+
+    card: ClassVar[Card] = Card("compile", (Limit.LAUNCH, Limit.BANDWIDTH), ("prefill", "decode", "forward", "train"), exact=True,
+                                claims=(), price="minutes of compilation, again for new shapes", stage=Stage.RUN, touches=("launch",))  # fmt: skip
+
+    def baseline(self) -> "Compile":
+        return self
+
+    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
+        return True if graph.eager else No("the graph is costed as fused and recorded already, as a serving engine runs it")
+
+    def rewrite(self, graph: Graph) -> Graph:
+        return replace(graph, eager=False)
+
+    def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
+        model.compile()
+        return model
+
+    @classmethod
+    def example(cls) -> Example:
+        return _mlp()
+
+
+FREE: dict[str, type[Rewrites]] = {"bf16": Bf16, "compile": Compile}

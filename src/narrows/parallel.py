@@ -1,0 +1,56 @@
+"""Cutting a graph over devices: what one of them computes, and the collectives that follow from the cut."""
+
+from dataclasses import replace
+
+from narrows.graph import Dim, Graph, Op
+
+_CUTS = {"column": ("outputs",), "row": ("inputs",), "heads": ("heads", "kv_heads"), "channels": ("channels",),
+         "vocabulary": ("outputs",), "experts": ("experts", "top_k")}  # fmt: skip
+
+
+def tensor_parallel(graph: Graph, devices: int) -> Graph:
+    """The graph of one of `devices` under tensor parallelism, as Megatron-LM and the serving engines cut it.
+
+    A column-cut product keeps its share of the outputs, so what follows works on that share, up to a row-cut
+    product, whose partial sums are all-reduced. Keys and values are repeated where there are more devices than
+    key-value heads; each device holds its share of the experts, whose sums are all-reduced too. An op without a
+    `split` that reads a share alone works on a share.
+    """
+    if devices == 1:
+        return graph
+    shares: set[str] = set()
+    out: list[Op] = []
+    readers = {name for op in graph if op.split == "experts" for name in op.inputs}
+    feeds_expert = {name for op in graph if op.name in readers for name in op.inputs} | readers
+    for op in graph:
+        cut = _cut(op, devices, set(op.inputs) <= shares and bool(op.inputs))
+        out.append(cut)
+        ends = op.split == "row" or (op.split == "experts" and op.name not in feeds_expert) or op.kind == "embedding"
+        if ends and op.split:
+            out.append(Op(f"{op.name} all_reduce", "all_reduce", {"elements": op["rows"] * op["outputs"], "ranks": devices},  # type: ignore[operator]
+                          act=op.act, inputs=(op.name,), repeat=op.repeat))  # fmt: skip
+        if cut is op or ends:
+            shares.discard(op.name)
+        else:
+            shares.add(op.name)
+    return replace(graph, ops=tuple(out))
+
+
+def _cut(op: Op, devices: int, reads_share: bool) -> Op:
+    """The share of an op that one device has; the op itself where it is not cut."""
+
+    def share(value: Dim) -> Dim:
+        return value * (1 / devices)
+
+    if op.kind == "embedding" and op.split:
+        return op.but(vocabulary=share(op["vocabulary"]))
+    if op.split in _CUTS:
+        dims = {name: share(op[name]) for name in _CUTS[op.split] if name in dict(op.dims)}
+        if "kv_heads" in dims and op["kv_heads"] < devices:  # type: ignore[operator]
+            dims["kv_heads"] = 1.0
+        return op.but(**dims, saved=share(op.saved))
+    if reads_share and op.kind == "elementwise":
+        return op.but(elements=share(op["elements"]), reads=share(op["reads"]), saved=share(op.saved))
+    if reads_share and op.kind == "norm":
+        return op.but(rows=share(op["rows"]), saved=share(op.saved))
+    return op

@@ -1,0 +1,106 @@
+"""An ordered composition of techniques that is checked, rewritten and applied as one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from narrows.errors import NarrowsError, closest
+from narrows.free import FREE
+from narrows.graph import Graph
+from narrows.machine import Machine
+from narrows.papers import papers
+from narrows.step import Step
+from narrows.technique import Described, No, Rewrites, Technique, Trains, Verdict, built, technique
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Techniques in the order in which they are applied: by stage, whatever order they were given in.
+
+    Two techniques of one stage that touch the same part exclude each other. `Plan.parse(str(plan)) == plan`.
+    """
+
+    steps: tuple[Rewrites | Trains, ...] = ()
+
+    def __post_init__(self) -> None:
+        for step in self.steps:
+            if not isinstance(step, Rewrites | Trains):
+                raise NarrowsError(f"{type(step).__name__} does not change a model.", where="plan", remedy="Use it on its own.")
+        object.__setattr__(self, "steps", tuple(sorted(self.steps, key=lambda t: t.card.stage)))
+
+    def __iter__(self) -> Iterator[Rewrites | Trains]:
+        return iter(self.steps)
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """From its command-line form: `llm-drop:layers=4 + awq:group=64`."""
+        steps = [parse(part) for part in text.split("+") if part.strip()]
+        return cls(tuple(steps))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return " + ".join(_written(step) for step in self.steps)
+
+    def conflict(self) -> Verdict:
+        """True, or No naming the two techniques that exclude each other."""
+        for i, one in enumerate(self.steps):
+            for other in self.steps[i + 1 :]:
+                shared = set(one.card.touches) & set(other.card.touches)
+                if one.card.slug == other.card.slug or (shared and one.card.stage == other.card.stage):
+                    return No(f"{one.card.slug} and {other.card.slug} both change {' and '.join(sorted(shared)) or 'the same thing'}")
+        return True
+
+    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
+        """True, or the first refusal; each technique is asked about the graph that the ones before it leave."""
+        verdict = self.conflict()
+        for technique in self.steps:
+            if not verdict:
+                return verdict
+            verdict = technique.check(graph, machine, step)
+            if verdict:
+                graph = technique.rewrite(graph)
+        return verdict
+
+    def rewrite(self, graph: Graph) -> Graph:
+        """The graph after all of them."""
+        for technique in self.steps:
+            graph = technique.rewrite(graph)
+        return graph
+
+    def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
+        """The model after all of them; the one given is spent. Raises NarrowsError where calibration data is missing."""
+        for technique in self.steps:
+            if not isinstance(technique, Rewrites):
+                raise NarrowsError(f"{technique.card.slug} changes how a model is trained.", where="plan", remedy="Use its attach().")
+            if "calibration" in technique.card.needs and not data:
+                raise NarrowsError(f"{technique.card.slug} needs calibration data.", where="plan", remedy="Pass a few batches, or --text FILE.")
+            model = technique.apply(model, data)
+        return model
+
+
+def _written(technique: Technique) -> str:
+    changed: list[Any] = [(f.name, getattr(technique, f.name)) for f in fields(technique) if getattr(technique, f.name) != f.default]  # type: ignore[arg-type]
+    return technique.card.slug + (":" if changed else "") + ",".join(f"{n}={v}" for n, v in changed)
+
+
+def parse(text: str) -> Technique:
+    """A technique from its command-line form, `awq` or `awq:bits=4,group=64`; unknown options raise."""
+    slug, _, options = text.strip().partition(":")
+    found = FREE.get(slug) or (technique(slug) if slug in {p.slug for p in papers()} else None)
+    if found is None:
+        raise NarrowsError(f"no technique is called {slug!r}.", where="plan", remedy=closest(slug, [*built(), *FREE]))
+    if isinstance(found, Described):
+        raise NarrowsError(f"{slug} is described but not built.", where="plan", remedy="`narrows papers --status built` lists what is.")
+    kinds = {f.name: type(f.default) for f in fields(found)}  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {}
+    for part in filter(None, options.split(",")):
+        name, _, value = part.partition("=")
+        if name not in kinds:
+            raise NarrowsError(f"{slug} has no option {name!r}.", where="plan", remedy=f"It has {', '.join(kinds) or 'none'}.")
+        try:
+            chosen[name] = value.lower() in ("true", "1", "yes") if kinds[name] is bool else kinds[name](value)
+        except ValueError as error:
+            raise NarrowsError(f"{value!r} is not a {kinds[name].__name__}.", where=f"plan: {slug}: {name}", remedy="") from error
+    return found(**chosen)

