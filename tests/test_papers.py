@@ -24,7 +24,8 @@ def test_484_unique_complete_rows() -> None:
     assert {p.priority for p in rows} == {"core", "wide", "fringe"}
     assert {p.route for p in rows} == {"apply", "kernel", "measure", "outside", "search", "simulate", "train"}
     for p in rows:
-        assert all((p.name, p.kind, p.bottleneck)) and min(len(p.mechanism), len(p.works_when)) >= 40 and len(p.title) >= 10, p.slug
+        assert all((p.name, p.kind, p.bottleneck)), p.slug
+        assert min(len(p.mechanism), len(p.works_when)) >= 40 and len(p.title) >= 10, p.slug
 
 
 def test_a_slug_finds_its_row_and_a_misspelt_one_its_neighbours() -> None:

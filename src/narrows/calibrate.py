@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 # (rows, inputs, outputs): shapes between a small encoder's and a 7B decoder's, none a power of two alone
 SHAPES = ((128, 576, 1536), (128, 1536, 576), (256, 768, 3072), (512, 1024, 1024), (256, 2048, 2048), (64, 4096, 4096))
-STREAM_BYTES = 400_000_000  # far beyond any cache that one core may fill
+STREAMS = ((576, 576), (576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (576, 49152))  # inputs, outputs
+STREAM_BYTES = 200_000_000  # so many bytes of matrices are read in turn: far beyond any cache that one core may fill
 
 
-def cpu_seconds(work: Callable[[], object], rounds: int = 5, least: float = 0.02) -> list[float]:
+def cpu_seconds(work: Callable[[], object], rounds: int = 5, least: float = 0.01) -> list[float]:
     """CPU seconds of one call, for each of `rounds` timings of at least `least` seconds; the first call is not counted."""
     work()
     start = time.process_time()
@@ -45,41 +46,40 @@ def calibrate(progress: Callable[[str], None] = lambda _: None) -> Machine:
     """
     import torch
 
-    from narrows.modules.packed_linear import PackedLinear
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            return _measure(torch, PackedLinear, progress)
+            return _measure(torch, progress)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(torch, packed, progress: Callable[[str], None]) -> Machine:  # type: ignore[no-untyped-def]
+def _measure(torch, progress: Callable[[str], None]) -> Machine:  # type: ignore[no-untyped-def]
     source = f"measured by narrows calibrate on {_cpu_name()}, one thread, torch {torch.__version__}"
     rates: dict[str, list[float]] = {}  # FLOP/s over the shapes, by format
     streams: dict[str, list[float]] = {}  # bytes/s of a one-row product, by format
+
+    def measure(name: str, dtype: "torch.dtype", layer: Callable[[int, int], "torch.nn.Module"], shapes: int = len(SHAPES)) -> None:
+        progress(f"products in {name}")
+        rates[name] = [2 * m * k * n / min(cpu_seconds(_call(layer(k, n), torch.ones(m, k, dtype=dtype)))) for m, k, n in SHAPES[:shapes]]
+        streams[name] = [_stream(lambda k=k, n=n: layer(k, n), torch.ones(1, k, dtype=dtype)) for k, n in STREAMS[:shapes]]
+
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        progress(f"matrix products in {name}")
-        rates[name] = [2 * m * k * n / min(cpu_seconds(_product(torch, m, k, n, dtype))) for m, k, n in SHAPES]
-        count = STREAM_BYTES // 2 // (4096 * torch.tensor([], dtype=dtype).element_size())
-        streams[name] = [count * 4096 * torch.tensor([], dtype=dtype).element_size() / t for t in cpu_seconds(_product(torch, 1, 4096, count, dtype))]
-    for name, bits in (("int8", 8), ("int4", 4)):
-        progress(f"packed {name} layers")
-        rates[name] = [2 * m * k * n / min(cpu_seconds(_packed(torch, packed, m, k, n, bits), rounds=3)) for m, k, n in SHAPES[1:4]]
-        streams[name] = [4096 * 11008 * bits / 8 / t for t in cpu_seconds(_packed(torch, packed, 1, 4096, 11008, bits))]
+        measure(name, dtype, lambda k, n, dtype=dtype: _plain(k, n, dtype))
+    for bits in (8, 4):
+        for act, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            measure(f"int{bits}-{act}", dtype, lambda k, n, bits=bits: _packed(k, n, bits), shapes=3)
     progress("copies and dispatch")
-    source_tensor = torch.ones(STREAM_BYTES // 8)
+    source_tensor = torch.ones(STREAM_BYTES // 4)
     target = torch.empty_like(source_tensor)
     copied = [2 * source_tensor.nbytes / t for t in cpu_seconds(lambda: target.copy_(source_tensor))]
-    little = torch.ones(8)
-    dispatch = min(cpu_seconds(lambda: torch.add(little, little)))
+    dispatch = _dispatch_seconds(torch)
     peaks = {name: max(rates[name]) for name in ("fp32", "bf16")}
     bandwidth = max(max(copied), *(max(s) for s in streams.values()))
     efficiency = {"memory": _quantiles([c / bandwidth for c in copied]), "vector": {"median": 1.0, "low": 1.0, "high": 1.0}}
     for name, found in rates.items():
-        peak = peaks.get(name, peaks["bf16"])
+        peak = peaks[name.split("-")[-1]]
         efficiency[f"matmul-{name}"] = _quantiles([r / peak for r in found])
     for name, found in streams.items():
         efficiency[f"memory-{name}"] = _quantiles([s / bandwidth for s in found])
@@ -93,15 +93,59 @@ def _measure(torch, packed, progress: Callable[[str], None]) -> Machine:  # type
     return replace(machine, sources=dict.fromkeys(machine.figures(), source))
 
 
-def _product(torch, rows: int, inputs: int, outputs: int, dtype: "torch.dtype") -> Callable[[], object]:  # type: ignore[no-untyped-def]
-    x, w = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
-    return lambda: torch.nn.functional.linear(x, w)
-
-
-def _packed(torch, packed, rows: int, inputs: int, outputs: int, bits: int) -> Callable[[], object]:  # type: ignore[no-untyped-def]
-    layer = packed.from_linear(torch.nn.Linear(inputs, outputs, bias=False), bits=bits)
-    x = torch.ones(rows, inputs)
+def _call(layer: "torch.nn.Module", x: "torch.Tensor") -> Callable[[], object]:
     return lambda: layer(x)
+
+
+def _packed(inputs: int, outputs: int, bits: int) -> "torch.nn.Module":
+    import torch
+
+    from narrows.modules.packed_linear import PackedLinear, int4, int8, quantized
+
+    return PackedLinear.of(quantized(torch.ones(outputs, inputs), int4(64) if bits == 4 else int8()))
+
+
+def _plain(inputs: int, outputs: int, dtype: "torch.dtype") -> "torch.nn.Module":
+    import torch
+
+    return torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+
+
+def _stream(layer: Callable[[], "torch.nn.Module"], x: "torch.Tensor") -> float:
+    """Bytes per second at which one-row products read layers that no cache holds."""
+    first = layer()
+    size = sum(t.numel() * t.element_size() for t in (*first.parameters(), *first.buffers()))
+    start = time.process_time()
+    first(x)
+    affordable = int(0.2 / (time.process_time() - start))  # a slow layer needs no more: the time is not the memory's
+    layers = [first, *(layer() for _ in range(min(STREAM_BYTES // size, max(affordable, 4))))]
+
+    def work() -> None:
+        for one in layers:
+            one(x)
+
+    return len(layers) * size / min(cpu_seconds(work, rounds=2))
+
+
+def _dispatch_seconds(torch) -> float:  # type: ignore[no-untyped-def]
+    """What eager Python costs per kernel: the slope over the depth of a decoder so narrow that nothing else takes time.
+
+    A bare `torch.add` takes a sixth of it: views, module calls and the cache's bookkeeping come with each kernel.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from narrows.capture.torch import from_module
+    from narrows.step import Step
+    from narrows.verify import generation_steps
+
+    found = []
+    for layers in (2, 14):
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes)).eval()
+        kernels = sum(op.kernels * op.repeat for op in from_module(model, Step.decode(1, 32)))
+        found.append((kernels, min(cpu_seconds(generation_steps(model, 32, 32)["decode"], rounds=15, least=0.01))))
+    (few, short), (many, long) = found
+    return max(long - short, 1e-9) / (many - few)
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:

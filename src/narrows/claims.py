@@ -6,9 +6,9 @@ gives our figure. Given the technique's `baseline()` it must give a figure that 
 
 import csv
 import importlib
+import io
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 
 from narrows.errors import NarrowsError
-from narrows.papers import module_name
+from narrows.figures import write
+from narrows.papers import module_name, papers
 from narrows.technique import Claim, Described, Technique, built, technique
 
 
@@ -84,16 +85,13 @@ def record(evidence: Iterable[Evidence]) -> None:
     """Put evidence into the results file, one row a claim, replacing what was known of it; atomic."""
     rows = {(e.slug, e.claim): e for e in kept()}
     rows.update({(e.slug, e.claim): e for e in evidence})
-    path = results_file()
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, newline="", delete=False) as staged:
-        writer = csv.DictWriter(staged, [f.name for f in fields(Evidence)], lineterminator="\n")
-        writer.writeheader()
-        for key in sorted(rows):
-            row = asdict(rows[key])
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-        staged.flush()
-        os.fsync(staged.fileno())
-    os.replace(staged.name, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [f.name for f in fields(Evidence)], lineterminator="\n")
+    writer.writeheader()
+    for key in sorted(rows):
+        row = asdict(rows[key])
+        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    write(results_file(), text.getvalue())
     kept.cache_clear()
 
 
@@ -126,3 +124,14 @@ def status(slug: str) -> str:
     found = technique(slug)
     claims = () if isinstance(found, Described) else found.card.claims
     return "works" if claims and passing(slug) == len(claims) else "built"
+
+
+def table() -> list[dict[str, object]]:
+    """Every row of the catalogue with its derived status: the contract of `narrows papers --json`."""
+    rows = []
+    for p in papers():
+        found = technique(p.slug)
+        count = 0 if isinstance(found, Described) else len(found.card.claims)
+        rows.append({"slug": p.slug, "name": p.name, "family": p.family, "priority": p.priority, "route": p.route,
+                     "status": status(p.slug), "claims": count, "passing": passing(p.slug)})  # fmt: skip
+    return rows

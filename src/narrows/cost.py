@@ -126,13 +126,14 @@ def _fitted() -> Mapping[str, Any]:
 def achieved(machine: Machine, what: str) -> Achieved:
     """The machine's own calibrated fraction of peak for `what`, else the one fitted for its kind of machine.
 
-    `what` is matmul, attention, vector, memory or link, and may name a format: `matmul-int4` falls back to `matmul`.
+    `what` is matmul, attention, vector, memory or link, and may name the formats of weights and activations:
+    `matmul-int4-bf16` falls back to `matmul-int4` and that to `matmul`.
     """
-    general = what.split("-")[0]
+    parts = what.split("-")
     for source in (machine.efficiency, _fitted().get(machine.kind, {}), _fitted()["any"]):
-        for key in (what, general):
-            if key in source:
-                found = source[key]
+        for count in range(len(parts), 0, -1):
+            found = source.get("-".join(parts[:count]))
+            if found:
                 return Achieved(found["median"], found["low"], found["high"])
     return Achieved(1.0, 1.0, 1.0)
 
@@ -149,12 +150,12 @@ def tile_use(rows: Any, outputs: Any, matrices: Any, machine: Machine) -> Any:
     for halvings_r in range(4):
         for halvings_o in range(3):
             tr, to = max(tile_rows >> halvings_r, 8), max(tile_outputs >> halvings_o, 8)
-            tiles = np.ceil(rows / tr) * np.ceil(outputs / to) * matrices
+            tiles = np.maximum(np.ceil(rows / tr) * np.ceil(outputs / to) * matrices, 1.0)
             waves = np.ceil(tiles / machine.units)
             useful = rows * outputs * matrices / (waves * machine.units * tr * to)
             split = np.maximum(1.0, np.floor(machine.units / tiles))  # few tiles: cut the inner dimension as well
             best = np.maximum(best, np.minimum(useful * split, 1.0) * 0.9 ** (halvings_r + halvings_o))
-    return best
+    return np.where(np.asarray(rows) > 0, best, 1.0)[()]
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
     if op.kind == "checkpoint":
         return OpTime({}, 0.0, 0.0)
     work, dims, n = cost(op, step, eager), op.sized(step), float(op.repeat)
-    weight = f"-{(op.weight or op.act).name}"
+    weight = f"-{(op.weight or op.act).name}-{op.act.name}"
     compute, memory, link = achieved(machine, _unit(op) + weight), achieved(machine, "memory" + weight), achieved(machine, "link")
     peak = machine.peak(op.compute or op.act.name) if op.spec.matmul else machine.peak("fp32")
     ideal = work.flop / peak

@@ -163,7 +163,8 @@ class Op:
         matrix = self.spec.matrix(dims)
         rest = self.spec.parameters(dims) - matrix  # biases and the like stay in the activations' dtype
         plain = self.act if self.weight.scale_bits or self.weight.bits < 16 else self.weight
-        return self.weight.bytes(matrix, float(dims.get("inputs", 0))) + rest * plain.bits / 8
+        row: Any = next((dims[d] for d in ("inputs", "rank", "outputs") if d in dims), 0)  # what a group of a row is cut from
+        return self.weight.bytes(matrix, float(row)) + rest * plain.bits / 8
 
 
 _FIELDS = {f.name for f in fields(Op)}

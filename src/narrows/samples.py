@@ -105,17 +105,20 @@ def _untagged(page: str) -> str:
     return re.sub(r"\s+([.,;:?!])", r"\1", words.replace("`` ", '"').replace(" ''", '"'))
 
 
-def token_batches(tokenizer: Any, count: int, length: int, skip: int = 0) -> Sequence[Mapping[str, "torch.Tensor"]]:
-    """`count` batches {input_ids: [1, length]} spread evenly over the sample text, the first `skip` places left out."""
+def token_batches(tokenizer: Any, count: int, length: int, prose: str = "") -> "Sequence[Mapping[str, torch.Tensor]]":
+    """`count` batches {input_ids: [1, length]} spread evenly over a text (by default the sample text).
+
+    To hold some out, ask for all and calibrate on the first. Raises NarrowsError where the text is too short.
+    """
     import torch
 
-    _, prose = text()
-    stride = len(prose) // (count + skip)
+    prose = prose or text()[1]
+    stride = len(prose) // count
     batches = []
-    for place in range(skip, skip + count):
+    for place in range(count):
         piece = prose[place * stride : place * stride + 12 * length]
         ids = tokenizer(piece, return_tensors="pt")["input_ids"][:, :length]
         if ids.shape[1] < length:
-            raise NarrowsError(f"the text gives {ids.shape[1]} of {length} tokens.", where="samples", remedy="Ask for shorter batches.")
+            raise NarrowsError(f"the text gives {ids.shape[1]} of {length} tokens.", where="text", remedy="Give a longer text.")
         batches.append({"input_ids": ids.to(torch.long)})
     return batches

@@ -162,7 +162,13 @@ class Rewrites(Technique):
 
     @classmethod
     @abstractmethod
-    def example(cls) -> Example: ...
+    def example(cls) -> Example:
+        """The smallest model this applies to."""
+
+    @classmethod
+    def example_instance(cls) -> "Rewrites":
+        """The instance that fits `example()`; the defaults, unless the example is too small for them."""
+        return cls()
 
 
 class Trains(Technique):

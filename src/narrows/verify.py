@@ -1,10 +1,9 @@
 """Whether a plan did what was predicted: quality, speed, bytes, before and after side by side, and a gate that refuses."""
 
 import csv
+import io
 import math
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from narrows.claims import versions
-from narrows.errors import NarrowsError
+from narrows.figures import write
 from narrows.plan import Plan
 
 if TYPE_CHECKING:
@@ -252,13 +251,8 @@ def record(found: Verification, machine: str, command: str, path: Path) -> None:
             "quality_after": f"{found.quality_after:.4f}", "bytes_before": found.bytes_before, "bytes_after": found.bytes_after,
             "text": found.text, "machine": machine, "versions": versions(), "command": command,
         })  # fmt: skip
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, newline="", delete=False) as staged:
-            writer = csv.DictWriter(staged, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            staged.flush()
-            os.fsync(staged.fileno())
-        os.replace(staged.name, path)
-    except OSError as error:
-        raise NarrowsError(f"it cannot be written ({error.strerror}).", where=str(path), remedy="Give another --results file.") from None
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())

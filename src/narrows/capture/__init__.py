@@ -1,22 +1,103 @@
 """From a model, in whatever form it comes, to a Graph.
 
-A name (`llama-3.1-8b`), a `config.json` or its directory, a graph file, an ONNX file, `package.module:factory`,
-or a live `nn.Module`: `capture` tells them apart. Only the last two need torch.
+A bundled name (`llama-3.1-8b`), a `config.json` or its directory, a graph file, an ONNX file, `package.module:factory`,
+or a live `nn.Module`: `capture` tells them apart. Only modules, and families without a reading of their own, need torch.
 """
 
-from typing import Any
+import importlib
+import importlib.util
+import os
+import sys
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from narrows.errors import NarrowsError, closest
 from narrows.graph import Graph
 from narrows.step import Step
 
-__all__ = ["capture"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["bundled", "capture"]
+
+_LARGEST_GRAPH = 64_000_000
 
 
-def capture(model: Any, step: Step | None = None) -> Graph:
-    """The Graph of a model given by name, path, `package.module:factory` or as an `nn.Module`.
+@cache
+def bundled() -> tuple[str, ...]:
+    """The names of the models that ship with narrows."""
+    folder = files("narrows.data").joinpath("models")
+    return tuple(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")))
 
-    Graphs read from files are symbolic: one serves every step. A module is traced at `step` (by default one
-    sequence of 128 tokens, or one image of the size its first layer suggests). Raises NarrowsError that names the
-    field or op at fault and what to do.
+
+def capture(model: "str | Path | torch.nn.Module", step: Step | None = None) -> Graph:
+    """The Graph of a model given by name, path, `package.module:factory`, or as an `nn.Module`.
+
+    Graphs read from files are symbolic: one serves every step. A module is traced at `step` (by default one sequence
+    of 128 tokens, or one image), and its graph is of that step alone. Raises NarrowsError that names the field, op or
+    module at fault and what to do.
     """
-    raise NotImplementedError
+    if not isinstance(model, str | Path):
+        return _traced(model, step, type(model).__name__)
+    name = str(model)
+    if name.lower() in bundled():
+        return _read(Path(str(files("narrows.data").joinpath("models", f"{name.lower()}.json"))), name.lower())
+    path = Path(name)
+    if path.exists():
+        if path.suffix == ".onnx":
+            from narrows.capture.onnx import from_onnx
+
+            return from_onnx(path)
+        return _read(path / "config.json" if path.is_dir() else path, path.resolve().stem if path.is_file() else path.resolve().name)
+    if ":" in name and os.sep not in name:
+        return _traced(_made(name), step, name)
+    raise NarrowsError(f"{name!r} is neither a bundled model nor a file.", where="model", remedy=closest(name, list(bundled())))
+
+
+def _read(path: Path, name: str) -> Graph:
+    """A config.json or a graph file, told apart by what is in it."""
+    from narrows.capture.config import FAMILIES, from_config, read_config
+
+    if path.is_file() and path.stat().st_size <= _LARGEST_GRAPH:
+        with path.open("rb") as file:
+            if b'"narrows-graph-' in file.read(200):
+                file.seek(0)
+                return Graph.from_json(file.read().decode("utf-8", "replace"), str(path))
+    config = read_config(path)
+    foreign = config.get("model_type") not in FAMILIES
+    if foreign and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+        from narrows.capture.hf import from_diffusers, from_transformers
+
+        return from_diffusers(config, name) if "_class_name" in config else from_transformers(config, name)
+    return from_config(config, name, str(path))
+
+
+def _made(name: str) -> "torch.nn.Module":
+    """What `package.module:factory` gives, built on the meta device so that no weight is allocated."""
+    if importlib.util.find_spec("torch") is None:
+        raise NarrowsError("capturing a module needs torch.", where=name, remedy="pip install 'narrows[torch]'.")
+    import torch
+
+    module, _, factory = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # the user's own package, as `python -m` would find it
+    try:
+        found: Any = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise NarrowsError(f"it cannot be imported ({error}).", where=name, remedy="Give package.module:factory.") from error
+    finally:
+        sys.path.pop(0)
+    if isinstance(found, torch.nn.Module):
+        return found
+    with torch.device("meta"):
+        made = found()
+    if not isinstance(made, torch.nn.Module):
+        raise NarrowsError(f"it gives a {type(made).__name__}.", where=name, remedy="The factory must give an nn.Module.")
+    return made
+
+
+def _traced(module: "torch.nn.Module", step: Step | None, name: str) -> Graph:
+    from narrows.capture.torch import from_module
+
+    return from_module(module, step or Step.forward(1, 128), name=name)

@@ -1,12 +1,13 @@
 """From the operators that ran (`Event`s) to the ops of a Graph: fusing, naming, owners of parameters, folding. No torch."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from narrows.capture import aten
 from narrows.graph import DType, Op
+from narrows.kinds import KINDS
 
 if TYPE_CHECKING:
     from narrows.capture.tracer import Event, View
@@ -25,32 +26,28 @@ class Parameter:
 
 @dataclass
 class Run:
-    """Consecutive events that a compiler would make one kernel of (all but arithmetic: one event each)."""
+    """Events that a compiler would make one kernel of (all but arithmetic: one event each), and their indices."""
 
     events: list["Event"]
-    first: int  # index of its first event
+    indices: list[int]
     name: str = ""
-    dims: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def indices(self) -> range:
-        return range(self.first, self.first + len(self.events))
 
 
 def assemble(
     events: Sequence["Event"], parameters: Mapping[str, Parameter], outputs: Iterable[int], saved: Mapping[int, float],
-    backward: Mapping[int, float], described: Iterable[str] = (),
+    backward: Mapping[int, float], described: Iterable[str] = (), attention: Callable[["Event", "Event"], "Event"] | None = None,
 ) -> tuple[Op, ...]:  # fmt: skip
     """The ops of some events; layers that differ in their index alone are joined.
 
     `outputs` are storages that outlive the step, `saved` bytes kept for the backward pass by storage, `backward` the
     FLOP of each event's gradient. Parameters that no event reads, outside `described` modules, get an op of no work.
+    `attention` makes one event of the two products of an attention that is written out; without it they stay.
     """
-    runs = _fuse(events)
-    _name(runs, parameters)
+    live = _Live(events, outputs, saved)
+    runs = _fuse(events, live, attention)
+    _name(runs)
     of_event = {i: run for run in runs for i in run.indices}
     owners = _Owners(parameters)
-    live = _Live(events, {*outputs, *saved})
     kept = _saved_by(runs, of_event, saved)
     ops: list[Op] = []
     gradients: list[tuple[int, Op]] = []
@@ -59,7 +56,7 @@ def assemble(
         op = _op(run, inputs, owners, live, parameters)
         if op is None:
             continue
-        op = replace(op, saved=_whole(kept.get(run.first, 0.0) * 8 / op.act.bits))
+        op = replace(op, saved=_whole(kept.get(run.indices[0], 0.0) * 8 / op.act.bits))
         ops.append(op)
         hit = [i for i in run.indices if i in backward]
         if hit:
@@ -71,53 +68,90 @@ def assemble(
     return fold(ops)
 
 
-def _fuse(events: Sequence["Event"]) -> list[Run]:
+def _fuse(events: Sequence["Event"], live: "_Live", attention: Callable[["Event", "Event"], "Event"] | None) -> list[Run]:
+    """Arithmetic in one module as runs: what follows each other, and what only a later run of the module reads."""
     runs: list[Run] = []
+    done = 0
     for i, event in enumerate(events):
+        end = _attention_end(events, i) if attention else 0
+        if attention and end:
+            runs.append(Run([attention(event, events[end])], list(range(i, end + 1))))
+            done = end + 1
+        if i < done:
+            continue
         last = runs[-1].events[-1] if runs else None
-        same = last is not None and not (event.kind or last.kind) and (event.path, event.phase) == (last.path, last.phase)
-        if same:
+        if last is not None and not (event.kind or last.kind) and _place(event) == _place(last):
             runs[-1].events.append(event)
+            runs[-1].indices.append(i)
         else:
-            runs.append(Run([event], i))
-    return runs
+            runs.append(Run([event], [i]))
+    home = {i: n for n, run in enumerate(runs) for i in run.indices}
+    for n, run in enumerate(runs):
+        readers = {home[i] for e in run.events for v in e.writes for i in live.readers.get(v[0], ())} - {n}
+        if run.events[0].kind or len(readers) != 1 or any(v[0] in live.outputs for e in run.events for v in e.writes):
+            continue
+        later = runs[readers.pop()]
+        if not later.events[0].kind and later.indices[0] > run.indices[0] and _place(later.events[0]) == _place(run.events[0]):
+            later.events[:0], later.indices[:0] = run.events, run.indices
+            home.update(dict.fromkeys(run.indices, runs.index(later)))
+            run.events, run.indices = [], []
+    return [run for run in runs if run.events]
 
 
-def _name(runs: Sequence[Run], parameters: Mapping[str, Parameter]) -> None:
+def _attention_end(events: Sequence["Event"], start: int) -> int:
+    """Where the second product of an attention is whose first is at `start`, or 0: scores, arithmetic with a softmax, values."""
+    if events[start].kind != "matmul":
+        return 0
+    for i in range(start + 1, len(events)):
+        if _place(events[i]) != _place(events[start]) and events[i].leaf == "":
+            return 0
+        if events[i].kind:
+            softmax = any(e.label == "softmax" for e in events[start + 1 : i])
+            return i if softmax and events[i].kind == "matmul" and i - 1 in events[i].sources else 0
+    return 0
+
+
+def _place(event: "Event") -> tuple[str, str, bool]:
+    """Events of one place may become one kernel. What no input changes stays apart, but for a norm's own scale."""
+    return event.path, event.phase, event.basis + bool(event.leaf) < 2
+
+
+def _name(runs: Sequence[Run]) -> None:
     """Names: the module path where that says it all, else with the parameter's or the operator's name behind."""
     used: dict[tuple[str, str], int] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda r: (not r.events[0].kind, -r.events[0].basis)):  # a layer's own op has its name
         first, last = run.events[0], run.events[-1]
-        leaves = [e.leaf for e in run.events if e.leaf != e.path]
-        weight = first.params[0][0] if first.kind and first.params else ""
-        if weight:
-            holder, _, own = weight.rpartition(".")
+        leaf = next((e.leaf for e in run.events if e.leaf), "")
+        if first.kind and _owned_by(first):
+            holder, _, own = first.params[0][0].rpartition(".")
             inside = not first.path or f"{holder}.".startswith(f"{first.path}.")  # else: tied to another module's
-            base = first.path if not inside or (holder == first.path and own == "weight") else holder
-            name = base if own == "weight" else f"{base}.{re.sub('_?weight$', '', own)}"
-        elif leaves:
-            name = leaves[0]
-        elif first.kind == "norm" or any(e.params for e in run.events):
-            name = first.path
+            name = holder if inside else first.path
+            name = name if own == "weight" else f"{name}.{re.sub('_?weight$', '', own)}"
         else:
-            name = f"{first.path}.{last.label}".lstrip(".")
+            name = leaf if leaf and (first.phase, leaf) not in used else f"{leaf or first.path}.{last.label}".lstrip(".")
         name = name or first.label
         count = used[first.phase, name] = used.get((first.phase, name), 0) + 1
         run.name = name if count == 1 else f"{name}_{count}"
 
 
-class _Live:
-    """Which storages are needed after a run."""
+def _owned_by(event: "Event") -> bool:
+    """Whether the op of an event has parameters of its own."""
+    return bool(event.params) and bool(KINDS[event.kind].parameters(KINDS[event.kind].defaults | event.dims))
 
-    def __init__(self, events: Sequence["Event"], kept: set[int]) -> None:
-        self.kept = kept
+
+class _Live:
+    """Which storages are read by whom, and which outlive the step."""
+
+    def __init__(self, events: Sequence["Event"], outputs: Iterable[int], saved: Iterable[int]) -> None:
+        self.outputs, self.saved = set(outputs), set(saved)
         self.readers: dict[int, list[int]] = {}
         for i, event in enumerate(events):
             for view in event.reads:
                 self.readers.setdefault(view[0], []).append(i)
 
     def after(self, storage: int, run: Run) -> bool:
-        return storage in self.kept or self.readers.get(storage, [-1])[-1] >= run.first + len(run.events)
+        """Whether a storage that a run writes is needed outside it."""
+        return storage in self.outputs or storage in self.saved or not set(self.readers.get(storage, ())) <= set(run.indices)
 
 
 class _Owners:
@@ -149,14 +183,13 @@ class _Owners:
 
 def _op(run: Run, inputs: tuple[str, ...], owners: _Owners, live: _Live, parameters: Mapping[str, Parameter]) -> Op | None:
     event = run.events[0]
-    common: dict[str, Any] = {"act": event.act, "weight": event.weight, "inputs": inputs, "phase": event.phase}
+    weight = event.weight if event.kind and _owned_by(event) else None
+    common: dict[str, Any] = {"act": event.act, "weight": weight, "inputs": inputs, "phase": event.phase}
     if event.op is not None:
         return replace(event.op, name=run.name, inputs=inputs, phase=event.phase)
     if event.kind:
         dims, tied = dict(event.dims), ""
-        if event.held_by is not None:
-            dims["held"] = min(dims["held"], event.held_by())
-        if event.phase == "forward":
+        if event.phase == "forward" and _owned_by(event):
             for i, (name, count) in enumerate(event.params):
                 if owners.take(name, count, run.name):
                     continue
@@ -190,7 +223,7 @@ def _arithmetic(run: Run, common: dict[str, Any], owners: _Owners, live: _Live, 
                 dtypes[view[0]] = event.act
     read_bytes, written_bytes = sum(_covered(views) for views in outside.values()), sum(leaving.values())
     act = max(((size, dtypes[key].name, dtypes[key]) for key, size in leaving.items()), default=(0, "", common["act"]))[2]
-    flop = sum(e.flop for e in run.events)
+    last, flop = run.events[-1], sum(e.flop for e in run.events)
     first_reads = {name: count for e in run.events for name, count in e.params}
     owned = {n: c for n, c in first_reads.items() if run.events[0].phase != "forward" or owners.take(n, c, run.name)}
     if not leaving and not owned:
@@ -198,16 +231,23 @@ def _arithmetic(run: Run, common: dict[str, Any], owners: _Owners, live: _Live, 
     elements, reads = _whole(written_bytes * 8 / act.bits), _whole(read_bytes * 8 / act.bits)
     weight = parameters[next(iter(first_reads))].dtype if owned else None
     common = {**common, "act": act, "weight": weight, "kernels": len(run.events)}
-    widths = {count for count in first_reads.values()}
-    if (
-        len(widths) == 1 and elements and elements % (width := widths.pop()) == 0 and reads >= elements
-        and any(e.label in aten.REDUCES_TO_NORM for e in run.events) and all(parameters[n].rank == 1 for n in first_reads)
-    ):  # fmt: skip
-        dims = {"rows": elements // width, "width": width, "weights": len(first_reads), "flop_per_element": flop / elements}
+    normed = _normed(run, first_reads, parameters)
+    if normed:
         tied = "" if len(owned) == len(first_reads) else owners.owner[next(iter(first_reads))]
-        return Op(run.name, "norm", dims, tied=tied, **{**common, "weight": parameters[next(iter(first_reads))].dtype})
+        dtype = parameters[next(iter(first_reads))].dtype
+        return Op(run.name, "norm", {**normed, "weights": len(first_reads)}, tied=tied, **{**common, "act": last.act, "weight": dtype})
     dims = {"elements": elements, "reads": reads, "flop_per_element": flop / elements if elements else 0, "weights": sum(owned.values())}
     return Op(run.name, "elementwise", dims, **common)
+
+
+def _normed(run: Run, params: Mapping[str, int], parameters: Mapping[str, Parameter]) -> dict[str, float]:
+    """The dims of a norm, if that is what a run writes out: a mean of squares or a variance, and vectors of one width."""
+    written, width = int(run.events[-1].writes[0][3] * 8 / run.events[-1].act.bits), next(iter(params.values()), 0)
+    if not width or written % width or any(count != width or parameters[name].rank != 1 for name, count in params.items()):
+        return {}
+    if not any(e.label in aten.REDUCES_TO_NORM for e in run.events):
+        return {}
+    return {"rows": written // width, "width": width, "flop_per_element": sum(e.flop for e in run.events) / written}
 
 
 def _covered(views: set["View"]) -> float:
@@ -226,9 +266,9 @@ def _saved_by(runs: Sequence[Run], of_event: Mapping[int, Run], saved: Mapping[i
         for event in run.events:
             if event.phase == "forward":
                 for view in event.writes:
-                    makers[view[0]] = run.first
+                    makers[view[0]] = run.indices[0]
                 for view in event.reads:
-                    makers.setdefault(view[0], run.first)
+                    makers.setdefault(view[0], run.indices[0])
     total: dict[int, float] = {}
     for storage, size in saved.items():
         if storage in makers:

@@ -5,11 +5,13 @@ those of `transformers`, so that a technique finds the module that an op stands 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from narrows.capture.tape import TOKENS, Tape
 from narrows.graph import Dim, Size
+
+NONE = Size(())
 
 
 class Part(Protocol):
@@ -19,12 +21,37 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
+class Work:
+    """What an activation function costs: FLOP per number (a transcendental function is 4), and kernels when eager."""
+
+    flop: float
+    kernels: int = 1
+
+
+SILU, GELU = Work(4), Work(8)
+ACTIVATIONS = {
+    "silu": SILU,
+    "swish": SILU,
+    "gelu": GELU,
+    "gelu_pytorch_tanh": GELU,
+    "gelu_new": Work(11, 8),
+    "gelu_fast": Work(12, 9),
+    "quick_gelu": Work(6, 3),
+    "relu": Work(1),
+    "relu2": Work(2, 2),
+    "tanh": Work(4),
+    "sigmoid": Work(4),
+    "mish": GELU,
+}
+
+
+@dataclass(frozen=True)
 class Reach:
     """Which keys the queries of an attention see: query-key `pairs`, keys read (`context`), keys `held` after the step."""
 
     pairs: Size
     context: Size
-    held: Size = Size(())
+    held: Size = NONE
 
     @classmethod
     def causal(cls, window: int | None = None, cached: bool = True) -> "Reach":
@@ -74,7 +101,7 @@ class Attention:
     bias       one flag per projection; `out_bias` for the last
     rotary     numbers per head that are turned by the position (0: none)
     norms      norms of queries and keys: over each head, or over the whole row (`row_norms`)
-    values     name of the attention op itself (default: the module)
+    values     name of the attention op itself (by default `attention` under the module)
     memory     op whose rows are keys and values (cross attention), and how many `memory_rows` there are
     weights    sinks, one per head
     buckets    relative position biases, one per head and bucket
@@ -124,13 +151,27 @@ class Attention:
             extra = (tape.add(f"{self.name}.relative_attention_bias", "embedding", dims, plain=True),)
         if self.sinks:
             extra = (tape.elementwise(f"{self.name}.sinks", (), tape.rows * self.heads, 2, 1, weights=self.heads, split="heads"),)
-        sizes: dict[str, Dim] = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim, "value_dim": self.head_dim,
-                                 "queries": tape.rows, "pairs": self.reach.pairs, "context": self.reach.context,
-                                 "held": self.reach.held}  # fmt: skip
+        sizes: dict[str, Dim] = {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "value_dim": self.head_dim,
+            "queries": tape.rows,
+            "pairs": self.reach.pairs,
+            "context": self.reach.context,
+            "held": self.reach.held,
+        }
         # q, k, v and the output, and the fp32 log-sum-exp of every query and head, which is two elements of 16 bits
         saved = tape.rows * (2 * queries + 2 * self.heads) + rows * (2 * keys)
-        out = tape.add(self.values or self.name, "attention", sizes, *dict.fromkeys((q, k, v, *extra)), split="heads", saved=saved,
-                       cache=(tape.cache or tape.act) if self.reach.held.terms else None)  # fmt: skip
+        out = tape.add(
+            self.values or f"{self.name}.attention",
+            "attention",
+            sizes,
+            *dict.fromkeys((q, k, v, *extra)),
+            split="heads",
+            saved=saved,
+            cache=(tape.cache or tape.act) if self.reach.held.terms else None,
+        )
         return tape.linear(f"{self.name}.{self.output}", out, queries, tape.width, self.out_bias, "row", saves=False)
 
     def _norm(self, name: str, heads: int) -> Norm:
@@ -166,13 +207,30 @@ class LatentAttention:
         short = Norm(f"{self.name}.kv_a_layernorm", width=self.rank).emit(tape, latent)
         turned = tape.rows * ((self.heads + 1) * self.rope_dim)
         turned_name = tape.elementwise(f"{self.name}.rope", (q, latent), turned, 3, 8)
-        dims: dict[str, Dim] = {"heads": self.heads, "rank": self.rank, "nope_dim": self.nope_dim, "rope_dim": self.rope_dim,
-                                "value_dim": self.value_dim, "queries": tape.rows, "pairs": self.reach.pairs,
-                                "context": self.reach.context, "held": self.reach.held}  # fmt: skip
+        dims: dict[str, Dim] = {
+            "heads": self.heads,
+            "rank": self.rank,
+            "nope_dim": self.nope_dim,
+            "rope_dim": self.rope_dim,
+            "value_dim": self.value_dim,
+            "queries": tape.rows,
+            "pairs": self.reach.pairs,
+            "context": self.reach.context,
+            "held": self.reach.held,
+        }
         # as trained: expanded keys and values of every head are kept, with the latent that they are made from
         per_row = self.rank + queries + self.heads * (self.nope_dim + self.rope_dim + 2 * self.value_dim + 2)
-        out = tape.add(f"{self.name}.kv_b_proj", "latent_attention", dims, short, turned_name, split="heads", saved=tape.rows * per_row,
-                       cache=tape.cache or tape.act, kernels=2)  # fmt: skip
+        out = tape.add(
+            f"{self.name}.kv_b_proj",
+            "latent_attention",
+            dims,
+            short,
+            turned_name,
+            split="heads",
+            saved=tape.rows * per_row,
+            cache=tape.cache or tape.act,
+            kernels=2,
+        )
         return tape.linear(f"{self.name}.o_proj", out, self.heads * self.value_dim, tape.width, self.bias, "row", saves=False)
 
 
@@ -187,20 +245,22 @@ class MLP:
     gated: bool = True
     bias: bool = False
     act: str = "act_fn"
-    kernels: int = 1  # of the activation alone
+    work: Work = SILU
 
     def emit(self, tape: Tape, x: str) -> str:
         path = f"{self.name}." if self.name else ""
         outputs = self.hidden * (2 if self.gated and len(self.inner) == 1 else 1)
         made = tuple(tape.linear(path + n, x, tape.width, outputs, self.bias, "column") for n in self.inner)
-        act = activation(tape, path + self.act, made, tape.rows * self.hidden, self.gated, self.kernels)
+        act = activation(tape, path + self.act, made, tape.rows * self.hidden, self.gated, self.work)
         return tape.linear(path + self.down, act, self.hidden, tape.width, self.bias, "row")
 
 
-def activation(tape: Tape, name: str, inputs: tuple[str, ...], elements: Size, gated: bool, kernels: int = 1, split: str = "column") -> str:
+def activation(
+    tape: Tape, name: str, inputs: tuple[str, ...], elements: Size, gated: bool, work: Work, split: str = "column"
+) -> str:
     """An activation, times the other half where gated; both its inputs are kept."""
-    reads = elements * (2 if gated else 1)
-    return tape.elementwise(name, inputs, elements, 5 if gated else 4, kernels + gated, reads, saved=reads, split=split)
+    reads = elements * (1 + gated)
+    return tape.elementwise(name, inputs, elements, work.flop + gated, work.kernels + gated, reads, saved=reads, split=split)
 
 
 @dataclass(frozen=True)
@@ -214,6 +274,7 @@ class Experts:
     router: str = "gate"
     bias: bool = False
     shared: MLP | None = None
+    work: Work = SILU
 
     def emit(self, tape: Tape, x: str) -> str:
         rows, width = tape.rows, tape.width
@@ -221,15 +282,25 @@ class Experts:
         chosen = tape.elementwise(f"{self.name}.top_k", (logits,), rows * self.experts, 5, 4)
 
         def matrix(name: str, inputs: int, outputs: int, *of: str) -> str:
-            dims: dict[str, Dim] = {"rows": rows, "experts": self.experts, "top_k": self.top_k, "inputs": inputs,
-                                    "outputs": outputs, "bias": int(self.bias)}  # fmt: skip
+            dims: dict[str, Dim] = {
+                "rows": rows,
+                "experts": self.experts,
+                "top_k": self.top_k,
+                "inputs": inputs,
+                "outputs": outputs,
+                "bias": int(self.bias),
+            }
             saved = rows * (self.top_k * inputs)  # a copy, ordered by expert
             return tape.add(f"{self.name}.experts.{name}", "expert", dims, *of, split="experts", saved=saved)
 
         both = matrix("gate_up_proj", width, 2 * self.hidden, x, chosen)
-        act = activation(tape, f"{self.name}.experts.act_fn", (both,), rows * (self.top_k * self.hidden), True, split="experts")
+        act = activation(
+            tape, f"{self.name}.experts.act_fn", (both,), rows * (self.top_k * self.hidden), True, self.work, "experts"
+        )
         down = matrix("down_proj", self.hidden, width, act)
-        out = tape.elementwise(f"{self.name}.combine", (down, chosen), rows * width, 2 * self.top_k, 2, rows * (self.top_k * width))
+        out = tape.elementwise(
+            f"{self.name}.combine", (down, chosen), rows * width, 2 * self.top_k, 2, rows * (self.top_k * width)
+        )
         if self.shared is None:
             return out
         beside = self.shared.emit(tape, x)
@@ -296,125 +367,3 @@ class Stack:
             with tape.layer(f"{self.name}.*", tuple(indices)):
                 x = layer.emit(tape, x)
         return x
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """Looks rows up in `tables` (name, entries) and adds them; the first is cut by vocabulary under tensor parallelism."""
-
-    tables: tuple[tuple[str, int], ...]
-    width: int = 0
-    scaled: bool = False
-    tied: str = ""
-
-    def emit(self, tape: Tape, x: str) -> str:
-        width = self.width or tape.width
-        names: list[str] = []
-        for name, entries in self.tables:
-            dims: dict[str, Dim] = {"rows": tape.rows, "outputs": width, "vocabulary": entries}
-            names.append(tape.add(name, "embedding", dims, split="" if names else "vocabulary", plain=True,
-                                  tied="" if names else self.tied))  # fmt: skip
-        work = len(names) - 1 + self.scaled
-        if not work:
-            return names[0]
-        parent = self.tables[0][0].rpartition(".")[0]
-        size = tape.rows * width
-        return tape.elementwise(f"{parent}.sum" if parent else "sum", tuple(names), size, work, work, size * len(names))
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A linear layer outside the blocks: heads, poolers, projections. `act` is the FLOP per number of what follows."""
-
-    name: str
-    inputs: int
-    outputs: int
-    bias: bool = False
-    rows: Size | None = None
-    tied: str = ""
-    split: str = ""
-    act: float = 0
-    kernels: int = 1
-
-    def emit(self, tape: Tape, x: str) -> str:
-        own = self.bias and not self.tied
-        out = tape.linear(self.name, x, self.inputs, self.outputs, own, self.split, plain=True, rows=self.rows, tied=self.tied)
-        size = (self.rows or tape.rows) * self.outputs
-        if self.bias and self.tied:  # the matrix is another op's, the bias is not
-            out = tape.elementwise(f"{self.name}.bias", (out,), size, 1, 0, weights=self.outputs, split=self.split)
-        if self.act:
-            out = tape.elementwise(f"{self.name}.act", (out,), size, self.act, self.kernels, saved=tape.keep(out, size), split=self.split)
-        return out
-
-
-@dataclass(frozen=True)
-class Conv:
-    """A convolution from `before` positions to those of the stream."""
-
-    name: str
-    before: Size
-    inputs: int
-    kernel: int
-    bias: bool = True
-    act: float = 0
-    positions: Size | None = None
-
-    def emit(self, tape: Tape, x: str) -> str:
-        rows = self.positions or tape.rows
-        dims: dict[str, Dim] = {"positions": rows, "in_positions": self.before, "in_channels": self.inputs,
-                                "out_channels": tape.width, "kernel": self.kernel, "bias": int(self.bias)}  # fmt: skip
-        out = tape.add(self.name, "conv", dims, x, saved=tape.keep(x or f"{self.name} input", self.before * self.inputs), plain=True)
-        if not self.act:
-            return out
-        size = rows * tape.width
-        return tape.elementwise(f"{self.name}.act", (out,), size, self.act, 1, saved=size)
-
-
-@dataclass(frozen=True)
-class Product:
-    """The inner product of each row with one vector of `inputs` numbers."""
-
-    name: str
-    inputs: int
-
-    def emit(self, tape: Tape, x: str) -> str:
-        return tape.add(self.name, "matmul", {"rows": tape.rows, "inputs": self.inputs, "outputs": 1}, x)
-
-
-@dataclass(frozen=True)
-class Added:
-    """Parameters added to the stream: position tables, class tokens."""
-
-    name: str
-    weights: int
-    kernels: int = 1
-    flop: float = 1
-
-    def emit(self, tape: Tape, x: str) -> str:
-        return tape.elementwise(self.name, (x,), tape.rows * tape.width, self.flop, self.kernels, weights=self.weights)
-
-
-@dataclass(frozen=True)
-class Tower:
-    """Parts in a row, on one stream of `rows` x `width`; it starts anew where `joined` is false."""
-
-    width: int
-    parts: tuple[Part, ...]
-    rows: Size = TOKENS
-    joined: bool = False
-
-    def emit(self, tape: Tape, x: str) -> str:
-        before = tape.rows, tape.width
-        tape.rows, tape.width = self.rows, self.width
-        for part in self.parts:
-            x = part.emit(tape, x if part is not self.parts[0] or self.joined else "")
-        tape.rows, tape.width = before
-        return x
-
-
-@dataclass(frozen=True)
-class Network:
-    """Towers in order, and what a reader of the numbers must know."""
-
-    towers: tuple[Tower, ...]
-    notes: tuple[str, ...] = field(default=())

@@ -7,13 +7,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from narrows.capture.blocks import Network
 from narrows.capture.decoders import DECODERS
 from narrows.capture.encoders import ENCODERS
 from narrows.capture.fields import Fields
 from narrows.capture.mixers import MIXERS
 from narrows.capture.quantization import activations, quantization
 from narrows.capture.tape import Tape
+from narrows.capture.towers import Network
 from narrows.errors import NarrowsError
 from narrows.graph import Graph
 
@@ -30,12 +30,14 @@ def from_config(config: Mapping[str, Any], name: str, where: str = "config.json"
     (`where: field`), and for an unknown family the extra that captures it.
     """
     if not isinstance(config, Mapping):
-        raise NarrowsError(f"a {type(config).__name__} is not a config.", where=where, remedy="Give a JSON object with a model_type.")
+        raise NarrowsError(
+            f"a {type(config).__name__} is not a config.", where=where, remedy="Give a JSON object with a model_type."
+        )
     fields = Fields(config, where)
     family = fields.word("model_type")
     if family not in FAMILIES:
         near = difflib.get_close_matches(family, FAMILIES, n=1, cutoff=0.0)[0]
-        remedy = f"Install the extra that captures it through transformers: pip install 'narrows[hf]'. The nearest known type is {near}."
+        remedy = f"Capture it through transformers: pip install 'narrows[hf]'. The nearest type known here is {near}."
         raise NarrowsError(f"the family {family!r} is not known here.", where=f"{where}: model_type", remedy=remedy)
     network = FAMILIES[family](fields)
     formats, cache = quantization(fields)
@@ -60,9 +62,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)
     except OSError as error:
-        raise NarrowsError(f"cannot be read ({error.strerror}).", where=where, remedy="Give a config.json or its directory.") from error
+        raise NarrowsError(
+            f"cannot be read ({error.strerror}).", where=where, remedy="Give a config.json or its directory."
+        ) from error
     if len(data) > LARGEST_FILE:
-        raise NarrowsError(f"is larger than {LARGEST_FILE // 10**6} MB.", where=where, remedy="Give a config.json, not a weight file.")
+        raise NarrowsError(
+            f"is larger than {LARGEST_FILE // 10**6} MB.", where=where, remedy="Give a config.json, not a weight file."
+        )
     return _parse(data, where)
 
 
@@ -109,7 +115,9 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
         problem = "nests too deeply" if isinstance(error, RecursionError) else f"is not a JSON file ({str(error)[:80]})"
         raise NarrowsError(f"{problem}.", where=where, remedy="Give the config.json as it was published.") from error
     if not isinstance(config, dict):
-        raise NarrowsError(f"holds a {type(config).__name__}, not an object.", where=where, remedy="Give the config.json as it was published.")
+        raise NarrowsError(
+            f"holds a {type(config).__name__}, not an object.", where=where, remedy="Give the config.json as it was published."
+        )
     if _depth(config) > DEEPEST:
         raise NarrowsError("nests too deeply.", where=where, remedy="Give the config.json as it was published.")
     return config

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from narrows.errors import NarrowsError
+from narrows.errors import NarrowsError, closest
 
 LARGEST = 10**8  # no width, vocabulary or head count of a network comes near
 MOST_LAYERS = 10_000
 _MISSING: Any = object()
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,13 @@ class Fields:
         if not isinstance(value, str) or len(value) > 200:
             raise self.wrong(self._name(names), f"{_short(value)} is not a name.", "Give a string.")
         return value
+
+    def choice(self, table: Mapping[str, Choice], *names: str, default: Any = _MISSING) -> Choice:
+        """The entry of `table` that a string names."""
+        word = self.word(*names, default=default)
+        if word not in table:
+            raise self.wrong(self._name(names), f"{_short(word)} is not known here.", closest(word, list(table)))
+        return table[word]
 
     def words(self, *names: str) -> tuple[str, ...]:
         """A list of strings, empty where the field is absent."""

@@ -12,21 +12,22 @@ from narrows.graph import Dim, Graph, Op, Size
 from narrows.step import Step
 
 # In order of preference: of fields that the probes cannot tell apart, the first is taken.
-FIELDS = ("sequences", "tokens", "outputs", "source", "pairs[full]", "pairs", "pairs[source]", "context")
+FIELDS = ("sequences", "tokens", "outputs", "source", "pairs[full]", "pairs", "pairs[source]", "source_pairs", "context")
 _OWN = {"context": ("context",), "held": ("held",), "pairs": ("pairs[full]", "pairs")}  # a dim may prefer its own field
 _TERMS = 3  # of a sum, at most
 _NEAR = 1e-9
 SHARED = "Work that the sequences of a batch share (position rows, masks) is counted once per sequence."
 
 
-def generalize(build: Callable[[Step], Graph], steps: Sequence[Step]) -> Graph:
+def generalize(build: Callable[[Step], Graph], steps: Sequence[Step], windows: Sequence[int] = ()) -> Graph:
     """One graph for every step out of those that `build` gives for some: each dim becomes a number or a `Size`.
 
     A dim that differs between the steps is written as a sum of at most three step fields with constant factors,
     of fewer terms than there are steps, so that one step always checks the fit; what `build` gives as a `Size` stays.
     T position rows that a batch shares grow with no field: they count for each sequence, and the notes say so.
     A matmul whose inner or outer size grows with the step (scores, and scores times values) becomes half an
-    `attention`, since query-key pairs are a field and a product of two fields is not.
+    `attention`, since query-key pairs are a field and a product of two fields is not. `windows` are the sliding
+    windows that an attention may have; some steps must be longer than them.
     `steps` should differ in batch and tokens, in sizes that no width of the model equals.
     Raises NarrowsError naming the first op that differs in more than its sizes, or whose size is no such sum.
     """
@@ -34,7 +35,7 @@ def generalize(build: Callable[[Step], Graph], steps: Sequence[Step]) -> Graph:
         raise NarrowsError("one step does not show how sizes grow.", where="generalize", remedy="Give two or more.")
     graphs = [build(step) for step in steps]
     _agree(graphs, steps)
-    fit = _Fit(steps)
+    fit = _Fit(steps, windows)
     columns = (half for column in zip(*graphs, strict=True) for half in _halves(column, steps))
     ops = tuple(fit.op(column) for column in columns)
     notes = graphs[0].notes + ((SHARED,) if fit.shared else ())
@@ -79,7 +80,8 @@ def _halves(column: tuple[Op, ...], steps: Sequence[Step]) -> Iterator[tuple[Op,
         attends.append(replace(op, kind="attention", dims=dims))
         written, read = (scores, 0) if sides == ["outputs"] else (0, scores)
         traffic = {"elements": written, "reads": read, "flop_per_element": 0}
-        moves.append(replace(op, name=f"{op.name}.scores", kind="elementwise", dims=traffic, inputs=(op.name,), kernels=0, saved=0))
+        name = f"{op.name}.scores"
+        moves.append(replace(op, name=name, kind="elementwise", dims=traffic, inputs=(op.name,), kernels=0, saved=0))
     yield tuple(attends)
     yield tuple(moves)
 
@@ -87,10 +89,12 @@ def _halves(column: tuple[Op, ...], steps: Sequence[Step]) -> Iterator[tuple[Op,
 class _Fit:
     """Linear forms in the fields of some steps; `shared` tells whether one counts shared work per sequence."""
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    def __init__(self, steps: Sequence[Step], windows: Sequence[int] = ()) -> None:
         self.shared = False
+        self._own = {dim: (*own, *(f"{dim}[window={w}]" for w in windows)) for dim, own in _OWN.items()}
         self._known: dict[tuple[str, tuple[float, ...]], Dim | None] = {}
-        self._columns = {name: np.array([float(step[name]) for step in steps]) for name in (*FIELDS, "held", "one")}
+        names = (*FIELDS, "one", *(name for own in self._own.values() for name in own))
+        self._columns = {name: np.array([float(step[name]) for step in steps]) for name in names}
         self._sequences = self._columns["sequences"]
 
     def op(self, column: tuple[Op, ...]) -> Op:
@@ -108,23 +112,24 @@ class _Fit:
             self._known[key] = self._form(key[0], np.array(numbers))
         form = self._known.get(key)
         if form is None:
-            problem = f"{dim} is {', '.join(str(v) for v in values)} at the probed steps, which is linear in none of their fields."
+            problem = f"{dim} is {', '.join(str(v) for v in values)} at the probed steps, linear in none of their fields."
             raise NarrowsError(problem, where=op.name, remedy="Capture it with that size fixed.")
         return form
 
     def _form(self, dim: str, values: NDArray[np.float64]) -> Size | None:
         distinct: dict[str, NDArray[np.float64]] = {}
-        for name in (*_OWN.get(dim, ()), *FIELDS, "one"):
+        for name in (*self._own.get(dim, ()), *FIELDS, "one"):
             if np.any(self._columns[name]) and not any(np.array_equal(self._columns[name], c) for c in distinct.values()):
                 distinct[name] = self._columns[name]
         # what the batch shares: the same fields for one sequence of it
-        per_sequence = {f"{name}/": column / self._sequences for name, column in distinct.items() if name not in ("sequences", "one")}
+        grows = {name: column for name, column in distinct.items() if name not in ("sequences", "one")}
+        per_sequence = {f"{name}/": column / self._sequences for name, column in grows.items()}
         for terms in range(1, min(_TERMS, len(values) - 1) + 1):
             for features in (distinct, {**distinct, **per_sequence}):
                 for chosen in combinations(features, terms):
                     matrix = np.stack([features[name] for name in chosen], axis=1)
                     factors, _, rank, _ = np.linalg.lstsq(matrix, values, rcond=None)
-                    if rank == terms and np.allclose(matrix @ factors, values, rtol=_NEAR, atol=0):
+                    if rank == terms and np.allclose(matrix @ factors, values, rtol=_NEAR, atol=_NEAR):
                         self.shared |= any(name.endswith("/") for name in chosen)
                         return _sum(chosen, factors)
         return None

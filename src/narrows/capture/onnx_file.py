@@ -1,4 +1,4 @@
-"""An ONNX file read without trust: its nodes, constants and inputs, and the shape of every tensor at given sizes.
+"""An ONNX file read without trust: its nodes, its constants and the dims of its inputs.
 
 Nothing outside the file is opened (weights kept beside it stay there: their shapes are in the file), and what is
 damaged or hostile ends in a NarrowsError that names the file and the node or tensor.
@@ -6,7 +6,8 @@ damaged or hostile ends in a NarrowsError that names the file and the node or te
 
 import math
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narrows.errors import NarrowsError
-from narrows.graph import BF16, DTYPES, FP16, FP32, DType
-from narrows.step import Step
+from narrows.graph import BF16, DTYPES, FP8, FP16, FP32, INT8, DType
 
 if TYPE_CHECKING:
     import onnx
@@ -25,13 +25,31 @@ MAX_FILE = 2 * 10**9  # bytes; protobuf itself ends at 2 GiB
 MAX_ELEMENTS = 2**56
 MAX_VALUES = 4096  # larger constants are weights or tables: their shape is enough
 OPSET = 13
-STANDARD = ("", "ai.onnx")
+STANDARD, MICROSOFT = ("", "ai.onnx"), "com.microsoft"
 
-# element types of TensorProto; integers take the byte size of the nearest type that machines have a peak for
-_TYPES = {1: FP32, 2: DTYPES["int8"], 3: DTYPES["int8"], 4: FP16, 5: FP16, 6: FP32, 7: DTYPES["fp64"], 9: DTYPES["int8"], 10: FP16,
-          11: DTYPES["fp64"], 12: FP32, 13: DTYPES["fp64"], 16: BF16, 17: DTYPES["fp8"], 18: DTYPES["fp8"], 19: DTYPES["fp8"],
-          20: DTYPES["fp8"], 21: DTYPES["int4"], 22: DTYPES["int4"], 23: DTYPES["fp4"]}  # fmt: skip
-_FLOATS = {1, 10, 11, 16, 17, 18, 19, 20, 23}
+# element types of TensorProto; an index or a mask takes the type of its byte size that machines have a peak for
+_BYTE, _NIBBLE, _LONG, _FP8 = INT8, DTYPES["int4"], DTYPES["fp64"], FP8
+_TYPES = {1: FP32, 2: _BYTE, 3: _BYTE, 4: FP16, 5: FP16, 6: FP32, 7: _LONG, 9: _BYTE, 10: FP16, 11: _LONG, 12: FP32, 13: _LONG,
+          16: BF16, 17: _FP8, 18: _FP8, 19: _FP8, 20: _FP8, 21: _NIBBLE, 22: _NIBBLE, 23: DTYPES["fp4"],
+          24: _FP8, 25: DType("int2", 2), 26: DType("int2", 2), 27: DType("fp6", 6), 28: DType("fp6", 6)}  # fmt: skip
+_NUMPY = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 12: "u4", 13: "u8", 14: "c8",
+          15: "c16", 16: "u2"}  # fmt: skip
+_FLOATS = {1, 10, 11, 16, 17, 18, 19, 20, 23, 27, 28}
+_BITS = {21: 4, 22: 4, 23: 4, 25: 2, 26: 2, 27: 6, 28: 6}  # of those packed into bytes
+_TEXT = 8
+_DATA = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+
+
+def damaged(problem: str, where: str) -> NarrowsError:
+    """The error for what no exporter writes."""
+    return NarrowsError(problem, where=where, remedy="Export or download the model again.")
+
+
+def text(value: str | bytes, what: str) -> str:
+    """A string of the file; damaged ones come as bytes."""
+    if not isinstance(value, str):
+        raise damaged(f"{value!r} is no text.", what)
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +95,18 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    settings: bytes = b""  # the attributes as they are stored
 
-    def int(self, key: str, default: int = 0) -> int:
+    def number(self, key: str, default: int = 0) -> int:
         value = self.attrs.get(key, default)
         return value if isinstance(value, int) else self._wrong(key)
 
-    def ints(self, key: str, default: Sequence[int] = ()) -> tuple[int, ...]:
+    def numbers(self, key: str, default: Sequence[int] = ()) -> tuple[int, ...]:
         value = self.attrs.get(key, default)
         return tuple(value) if isinstance(value, Sequence) and all(isinstance(v, int) for v in value) else self._wrong(key)
 
     def _wrong(self, key: str) -> Any:
-        raise NarrowsError(f"attribute {key} is {self.attrs.get(key)!r}.", where=self.name, remedy="Export the model again.")
+        raise damaged(f"attribute {key} is {self.attrs.get(key)!r}.", self.name)
 
 
 @dataclass(frozen=True)
@@ -99,45 +118,45 @@ class File:
     constants: Mapping[str, Tensor]
     inputs: tuple[tuple[str, int, tuple[int | str, ...]], ...]
     opset: int
+    known: dict[Hashable, list[Tensor]] = field(default_factory=dict)  # results found before: layers repeat
 
 
 def read(path: str | Path) -> File:
     """Parse and check a file. Raises NarrowsError for a missing extra, and for what is no ONNX model of opset 13 or newer."""
+    where = str(path)
     try:
         import onnx
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     except ImportError as error:
-        raise NarrowsError("reading ONNX needs the onnx package.", where=str(path), remedy="pip install 'narrows[onnx]'") from error
-    where = str(path)
+        raise NarrowsError("reading ONNX needs the onnx package.", where=where, remedy="pip install 'narrows[onnx]'") from error
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
             problem = f"it has {status.st_size} bytes." if stat.S_ISREG(status.st_mode) else "it is no regular file."
-            raise NarrowsError(problem, where=where, remedy="Give an .onnx file of at most 2 GB; larger weights lie beside it.")
+            raise NarrowsError(problem, where=where, remedy="Give an .onnx file of at most 2 GB; weights may lie beside it.")
         model = onnx.ModelProto.FromString(Path(path).read_bytes())
     except OSError as error:
-        raise NarrowsError(f"cannot be read ({error.strerror}).", where=where, remedy="Give the path of an .onnx file.") from error
-    except (DecodeError, ValueError) as error:
-        if isinstance(error, NarrowsError):
-            raise
-        raise NarrowsError("not an ONNX file, or a damaged one.", where=where, remedy="Export or download it again.") from error
+        remedy = "Give the path of an .onnx file."
+        raise NarrowsError(f"cannot be read ({error.strerror}).", where=where, remedy=remedy) from error
+    except DecodeError as error:
+        raise damaged("not an ONNX file, or a damaged one.", where) from error
     try:
-        return _file(model, where)
+        return _checked(model, where)
     except NarrowsError as error:
         raise error.inside(where) from error
 
 
-def _file(model: "onnx.ModelProto", where: str) -> File:
+def _checked(model: "onnx.ModelProto", where: str) -> File:
     opset = max((o.version for o in model.opset_import if o.domain in STANDARD), default=0)
-    again = "Export the model again."
     if not model.graph.node:
-        raise NarrowsError("it holds no nodes.", where="graph", remedy=again)
+        raise damaged("it holds no nodes.", "graph")
     if opset < OPSET:
         raise NarrowsError(f"opset {opset} is too old.", where="opset_import", remedy=f"Export with opset {OPSET} or newer.")
     if model.functions or model.graph.sparse_initializer:
         what = "functions" if model.functions else "sparse initializers"
-        raise NarrowsError(f"it has {what}, which are not read.", where="model", remedy="Inline them with onnx.inliner, or export dense.")
-    constants = {t.name: stored_tensor(t, t.name) for t in model.graph.initializer}
+        remedy = "Inline them with onnx.inliner, or export dense tensors."
+        raise NarrowsError(f"it has {what}, which are not read.", where="model", remedy=remedy)
+    constants = {text(t.name, "initializer"): stored_tensor(t, t.name) for t in model.graph.initializer}
     nodes = []
     for index, proto in enumerate(model.graph.node):
         node = _node(proto, index)
@@ -145,33 +164,43 @@ def _file(model: "onnx.ModelProto", where: str) -> File:
             constants[node.outputs[0]] = _constant(node)
         else:
             nodes.append(node)
+    made = Counter(name for node in nodes for name in node.outputs if name)
+    made.update(constants.keys())
+    twice = [name for name, count in made.items() if count > 1]
+    if twice:
+        raise damaged(f"{twice[0]!r} is made twice.", "graph")
     inputs = []
     for entry in model.graph.input:
         if entry.name in constants:
             continue
-        if entry.type.WhichOneof("value") != "tensor_type" or not entry.type.tensor_type.HasField("shape"):
-            raise NarrowsError("the input is no tensor of known rank.", where=entry.name, remedy=again)
-        dims = tuple(d.dim_value if d.WhichOneof("value") == "dim_value" else d.dim_param for d in entry.type.tensor_type.shape.dim)
-        inputs.append((entry.name, entry.type.tensor_type.elem_type, dims))
+        kind = entry.type.tensor_type
+        if entry.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape"):
+            remedy = "Export it with tensors as inputs, of known rank."
+            raise NarrowsError("the input is no tensor of known rank.", where=entry.name, remedy=remedy)
+        dims = tuple(d.dim_value if d.WhichOneof("value") == "dim_value" else text(d.dim_param, "dim") for d in kind.shape.dim)
+        inputs.append((text(entry.name, "input"), kind.elem_type, dims))
     return File(where, tuple(nodes), constants, tuple(inputs), opset)
 
 
 def _node(proto: "onnx.NodeProto", index: int) -> Node:
     from onnx import AttributeProto, helper
 
-    name = proto.name or f"{proto.op_type}_{index}"
+    op = text(proto.op_type, f"node {index}")
+    name = text(proto.name, f"node {index}") or f"{op}_{index}"
+    text(proto.domain, name)
+    inputs, outputs = (tuple(text(n, name) for n in names) for names in (proto.input, proto.output))
     attrs = {}
     for attr in proto.attribute:
         if attr.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
             remedy = "Export without control flow (a decoder: the file without the merged branches)."
             raise NarrowsError(f"{proto.op_type} holds a subgraph, which is not read.", where=name, remedy=remedy)
         try:
-            attrs[attr.name] = helper.get_attribute_value(attr)
+            attrs[text(attr.name, name)] = helper.get_attribute_value(attr)
         except ValueError as error:
-            raise NarrowsError(f"attribute {attr.name} is damaged.", where=name, remedy="Export the model again.") from error
-    if not proto.output:
-        raise NarrowsError("the node has no output.", where=name, remedy="Export the model again.")
-    return Node(proto, name, _module(proto), proto.op_type, tuple(proto.input), tuple(proto.output), attrs)
+            raise damaged(f"attribute {attr.name} is damaged.", name) from error
+    if not outputs:
+        raise damaged("the node has no output.", name)
+    return Node(proto, name, _module(proto), op, inputs, outputs, attrs, b"".join(a.SerializeToString() for a in proto.attribute))
 
 
 def _module(proto: "onnx.NodeProto") -> str:
@@ -195,24 +224,25 @@ def stored_tensor(proto: "onnx.TensorProto", where: str) -> Tensor:
     shape = checked(tuple(proto.dims), where)
     numel = math.prod(shape)
     outside = proto.data_location == 1 or len(proto.external_data) > 0
-    bits = {23: 4, 21: 4, 22: 4}.get(proto.data_type, 8 * np.dtype(_width(proto.data_type)).itemsize)
-    if proto.HasField("raw_data") and not outside and proto.data_type != 8 and len(proto.raw_data) != math.ceil(numel * bits / 8):
-        problem = f"{len(proto.raw_data)} bytes are stored for shape {list(shape)}."
-        raise NarrowsError(problem, where=where, remedy="The file is damaged: export or download it again.")
+    bits = _BITS.get(proto.data_type, 8 * np.dtype(numpy_type(proto.data_type)).itemsize)
+    data = proto.HasField("raw_data") or any(len(getattr(proto, name)) for name in _DATA)  # a file may come without its weights
+    readable = data and not outside and proto.data_type != _TEXT
+    if readable and proto.HasField("raw_data") and len(proto.raw_data) != math.ceil(numel * bits / 8):
+        raise damaged(f"{len(proto.raw_data)} bytes are stored for shape {list(shape)}.", where)
     value = None
-    if not outside and numel <= MAX_VALUES and proto.data_type != 8:
+    if readable and numel <= MAX_VALUES:
         try:
             value = numpy_helper.to_array(proto)
         except (ValueError, TypeError, KeyError) as error:
-            raise NarrowsError("its numbers do not fit its shape.", where=where, remedy="Export or download it again.") from error
+            raise damaged("its numbers do not fit its shape.", where) from error
     parameter = proto.data_type in _FLOATS and numel > 1
     stored = _TYPES.get(proto.data_type, FP32)
     return Tensor(shape, proto.data_type, value, proto.name if numel > 1 else "", not parameter, stored)
 
 
-def _width(elem: int) -> str:
-    return {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "u1", 10: "f2", 11: "f8", 12: "u4", 13: "u8",
-            14: "c8", 15: "c16", 16: "u2"}.get(elem, "u1")  # fmt: skip
+def numpy_type(elem: int) -> str:
+    """The numpy type of an element type; types of a byte or less are bytes."""
+    return _NUMPY.get(elem, "u1")
 
 
 def _constant(node: Node) -> Tensor:
@@ -224,172 +254,24 @@ def _constant(node: Node) -> Tensor:
         if key in ("value_int", "value_ints", "value_float", "value_floats"):
             array = np.asarray(value, dtype=np.int64 if "int" in key else np.float32)
             return Tensor(array.shape, 7 if "int" in key else 1, array if array.size <= MAX_VALUES else None, fixed=True)
-    raise NarrowsError("the constant has no numbers that are read.", where=node.name, remedy="Export the model again.")
+    raise damaged("the constant has no numbers that are read.", node.name)
 
 
 def checked(shape: tuple[int, ...], where: str) -> tuple[int, ...]:
     """The shape, if it is one that can exist."""
     if any(d < 0 for d in shape) or len(shape) > 16 or math.prod(shape) > MAX_ELEMENTS:
-        raise NarrowsError(f"shape {list(shape)} is not possible.", where=where, remedy="Export the model again.")
+        raise damaged(f"shape {list(shape)[:16]} is not possible.", where)
     return shape
 
 
-# --- sizes of the inputs
-
-_BATCH = {"batch", "batch_size", "n", "b", "bs", "batch_dim", "batchsize"}
-_SEQUENCE = {"sequence", "sequence_length", "seq", "seq_len", "seqlen", "seq_length", "t", "tokens", "num_tokens", "decoder_sequence_length"}
-_PAST = {"past", "past_sequence", "past_sequence_length", "past_length", "past_len", "past_seq_len", "past_decoder_sequence_length"}
-_SOURCE = {"source", "encoder_sequence", "encoder_sequence_length", "encoder_length", "src_len", "source_length"}
-_TOTAL = {"total", "total_sequence", "total_sequence_length", "kv_sequence_length", "total_length"}
-_ROLES: tuple[tuple[set[str], Callable[[Step], Any]], ...] = (
-    (_BATCH, lambda s: s.batch), (_SEQUENCE, lambda s: s.new), (_PAST, lambda s: s.past), (_SOURCE, lambda s: s.source),
-    (_TOTAL, lambda s: s.past + s.new),
-)  # fmt: skip
+def need(node: Node, ins: Sequence[Tensor | None], index: int) -> Tensor:
+    """An input that the operator cannot do without."""
+    tensor = ins[index] if index < len(ins) else None
+    if tensor is None:
+        raise damaged(f"{node.op} lacks input {index}.", node.name)
+    return tensor
 
 
-def input_tensors(file: File, dims: Mapping[str, int | str]) -> tuple[Callable[[Step], dict[str, Tensor]], bool]:
-    """The inputs at a step of one group, and whether any of their sizes follows the step.
-
-    `dims` gives a named dim a number, or a role by another name: `{"height": 224, "s0": "sequence"}`; an unnamed
-    dim is called `input.axis`. Raises NarrowsError for a dim that is neither known nor given, and for an unused one.
-    """
-    used: set[str] = set()
-
-    def size(name: str) -> Callable[[Step], int]:
-        parts = []
-        for part in (p.strip(" ()") for p in name.split("+")):
-            given = dims.get(part, part)
-            used.update({part} & set(dims))
-            role = next((role for names, role in _ROLES if str(given).lower() in names), None)
-            if isinstance(given, int) and given > 0:
-                parts.append(lambda step, n=given: n)
-            elif role and isinstance(given, str):
-                parts.append(lambda step, r=role: int(r(step).flat[0]))
-            elif part.isdecimal() and len(part) < 10:
-                parts.append(lambda step, n=int(part): n)
-            else:
-                problem = f"the size {part!r} is {'given as ' + repr(given) if part in dims else 'not known'}."
-                remedy = f'Give it: dims={{"{part}": 8}}, or a role: batch, sequence, past, total, source.'
-                raise NarrowsError(problem, where="inputs", remedy=remedy)
-        return lambda step: sum(part(step) for part in parts)
-
-    shapes: dict[str, tuple[int, tuple[int | Callable[[Step], int], ...]]] = {}
-    for name, elem, shape in file.inputs:
-        whole = dims.get(name)
-        if whole is not None:
-            raise NarrowsError(f"{name!r} is an input.", where="dims", remedy=f'Name one of its dims: "{name}.0".')
-        sizes = [d if isinstance(d, int) and f"{name}.{i}" not in dims else size(d if isinstance(d, str) and d else f"{name}.{i}")
-                 for i, d in enumerate(shape)]  # fmt: skip
-        shapes[name] = elem, tuple(sizes)
-    unused = sorted(set(dims) - used)
-    if unused:
-        names = sorted({d for _, _, shape in file.inputs for d in shape if isinstance(d, str)})
-        raise NarrowsError(f"no input has a dim {unused[0]!r}.", where="dims", remedy=f"The named dims are {', '.join(names) or 'none'}.")
-
-    def at(step: Step) -> dict[str, Tensor]:
-        return {name: Tensor(checked(tuple(d if isinstance(d, int) else d(step) for d in shape), name), elem)
-                for name, (elem, shape) in shapes.items()}  # fmt: skip
-
-    return at, any(not isinstance(d, int) for _, shape in shapes.values() for d in shape)
-
-
-# --- shapes and small values of results
-
-
-def infer(file: File, node: Node, inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """The outputs' types and shapes of a node of the standard operators, for inputs of known shape."""
-    import onnx
-    from onnx import defs, helper, numpy_helper, shape_inference
-
-    try:
-        schema = defs.get_schema(node.op, file.opset, "")
-    except defs.SchemaError as error:
-        raise NarrowsError(f"{node.op} is not an operator of opset {file.opset}.", where=node.name, remedy="Export it again.") from error
-    types, data = {}, {}
-    for name, tensor in zip(node.inputs, inputs, strict=True):
-        if tensor is not None:
-            types[name] = helper.make_tensor_type_proto(tensor.elem, tensor.shape)
-            if tensor.value is not None and tensor.value.size <= 64:
-                data[name] = numpy_helper.from_array(tensor.value)
-    proto = node.proto
-    if proto.op_type != node.op or proto.domain:
-        proto = onnx.NodeProto()
-        proto.CopyFrom(node.proto)
-        proto.op_type, proto.domain = node.op, ""
-    opsets = [helper.make_opsetid("", file.opset)]
-    try:
-        found = shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=opsets)
-    except (shape_inference.InferenceError, RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
-        first = str(error).strip().splitlines()[-1:] or ["no reason given"]
-        raise NarrowsError(f"shapes do not fit {node.op} ({first[0][:160]}).", where=node.name, remedy="Export it again.") from error
-    out = []
-    for name in node.outputs:
-        if not name:
-            out.append(Tensor((), 1))
-            continue
-        kind = found.get(name)
-        if kind is None or kind.WhichOneof("value") != "tensor_type" or not kind.tensor_type.HasField("shape") or any(
-            d.WhichOneof("value") != "dim_value" for d in kind.tensor_type.shape.dim
-        ):  # fmt: skip
-            problem = f"the shape of {node.op}'s result depends on data."
-            raise NarrowsError(problem, where=node.name, remedy="Fold its constants, or export it with fixed sizes.")
-        shape = tuple(d.dim_value for d in kind.tensor_type.shape.dim)
-        out.append(Tensor(checked(shape, node.name), kind.tensor_type.elem_type))
-    return out
-
-
-def _slice(v: list[Any], n: Node) -> Any:
-    starts, ends = v[1], v[2]
-    axes = v[3] if len(v) > 3 and v[3] is not None else np.arange(starts.size)
-    steps = v[4] if len(v) > 4 and v[4] is not None else np.ones(starts.size, np.int64)
-    index: list[slice] = [slice(None)] * v[0].ndim
-    for start, end, axis, stride in zip(starts.flat, ends.flat, axes.flat, steps.flat, strict=True):
-        stop = None if stride < 0 and end < -v[0].shape[int(axis)] else int(end)  # past the first element, going down
-        index[int(axis)] = slice(int(start), stop, int(stride))
-    return v[0][tuple(index)]
-
-
-def _divide(v: list[Any], n: Node) -> Any:
-    whole = np.issubdtype(v[0].dtype, np.integer)
-    return np.trunc(np.divide(v[0], v[1])).astype(v[0].dtype) if whole else np.divide(v[0], v[1])
-
-
-def _axes(v: list[Any], n: Node) -> tuple[int, ...] | None:
-    axes = tuple(int(a) for a in v[1].flat) if len(v) > 1 and v[1] is not None else n.ints("axes")
-    return axes or None
-
-
-# what shape arithmetic is made of; anything else has a shape but no value
-_FOLD: dict[str, Callable[[list[Any], Node], Any]] = {
-    "Identity": lambda v, n: v[0], "Cast": lambda v, n: v[0].astype(_width(n.int("to"))), "Concat": lambda v, n: np.concatenate(v, n.int("axis")),
-    "Gather": lambda v, n: np.take(v[0], v[1].astype(np.int64), n.int("axis")), "Slice": _slice, "Div": _divide,
-    "Unsqueeze": lambda v, n: np.expand_dims(v[0], _axes(v, n) or 0), "Squeeze": lambda v, n: np.squeeze(v[0], _axes(v, n)),
-    "Add": lambda v, n: np.add(v[0], v[1]), "Sub": lambda v, n: np.subtract(v[0], v[1]), "Mul": lambda v, n: np.multiply(v[0], v[1]),
-    "Mod": lambda v, n: np.mod(v[0], v[1]), "Neg": lambda v, n: -v[0], "Sqrt": lambda v, n: np.sqrt(v[0]), "Ceil": lambda v, n: np.ceil(v[0]),
-    "Floor": lambda v, n: np.floor(v[0]), "Min": lambda v, n: np.minimum.reduce(v), "Max": lambda v, n: np.maximum.reduce(v),
-    "Equal": lambda v, n: v[0] == v[1], "Less": lambda v, n: v[0] < v[1], "Greater": lambda v, n: v[0] > v[1], "Not": lambda v, n: ~v[0],
-    "And": lambda v, n: v[0] & v[1], "Or": lambda v, n: v[0] | v[1], "Where": lambda v, n: np.where(v[0], v[1], v[2]),
-    "ReduceProd": lambda v, n: np.prod(v[0], _axes(v, n), keepdims=bool(n.int("keepdims", 1))),
-    "Range": lambda v, n: np.arange(v[0].item(), v[1].item(), v[2].item(), v[0].dtype),
-}  # fmt: skip
-
-
-def fold(node: Node, inputs: Sequence[Tensor | None], out: Tensor) -> NDArray[Any] | None:
-    """The numbers of a result of shape arithmetic, or None where they are many or not that simple."""
-    if node.op in ("Shape", "Size") and inputs[0] is not None:
-        whole = np.array(inputs[0].shape, np.int64)
-        return whole.prod() if node.op == "Size" else whole[node.int("start") : node.attrs.get("end")]
-    values = [None if t is None else t.value for t in inputs]
-    if out.numel > MAX_VALUES or not inputs or any(v is None and t is not None for v, t in zip(values, inputs, strict=True)):
-        return None
-    if node.op in ("Reshape", "Expand"):
-        shaped = np.broadcast_to if node.op == "Expand" else np.reshape
-        return shaped(values[0], out.shape)  # type: ignore[arg-type]
-    if node.op == "ConstantOfShape":
-        given = node.attrs.get("value")
-        filled = stored_tensor(given, node.name).value if given is not None else np.zeros(1, np.float32)
-        return None if filled is None else np.broadcast_to(filled.flat[0], out.shape)
-    rule = _FOLD.get(node.op)
-    with np.errstate(all="ignore"):
-        result = None if rule is None else np.asarray(rule(values, node))
-    return result if result is not None and result.shape == out.shape else None
+def turned(tensor: Tensor, swap: int) -> tuple[int, ...]:
+    """Its shape, with the last two axes swapped if asked."""
+    return (*tensor.shape[:-2], *tensor.shape[:-3:-1]) if swap else tensor.shape

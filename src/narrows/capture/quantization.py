@@ -1,9 +1,9 @@
 """The `quantization_config` of a checkpoint: which layers are stored in which format, per dialect."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from narrows.capture.fields import Fields
@@ -12,14 +12,17 @@ from narrows.errors import NarrowsError, closest
 from narrows.graph import BF16, FP8, FP16, FP32, DType
 
 _NAMES = {"float32": FP32, "float": FP32, "float16": FP16, "half": FP16, "bfloat16": BF16}
-_SAFE = re.compile(r"(?:\\[.\-_dw]|[\w.\-_^$|]|\((?:\?:)?[\w.\-|\\]*\)|\[[\w\-^]*\]|[*+?](?![*+?{]))*")
-_MOST_REPEATS = 4  # of `*` and `+` in one pattern: matching stays cheap whatever the file holds
+# escapes, plain characters, groups of alternatives that are not repeated, classes, and single repeats
+_SAFE = re.compile(r"(?:\\[.\-_dw]|[\w.\-^$|]|\((?:\?:)?[\w.\-|\\]*\)(?![*+?{])|\[[\w\-^]*\]|[*+?](?![*+?{]))*")
 _MOST_PATTERNS = 64
+_MOST_MATCHES = 100_000  # of patterns with the names of single layers
 
 
 def activations(f: Fields) -> DType:
     """The dtype that the config names for weights and activations (bf16 where it names none)."""
-    name = f.word("dtype", "torch_dtype", default=f.within("text_config", default={}).word("dtype", "torch_dtype", default="bfloat16"))
+    name = f.word(
+        "dtype", "torch_dtype", default=f.within("text_config", default={}).word("dtype", "torch_dtype", default="bfloat16")
+    )
     plain = name.removeprefix("torch.")
     if plain not in _NAMES:
         raise f.wrong("torch_dtype", f"{name!r} is not a dtype of weights.", f"Use one of {', '.join(sorted(_NAMES))}.")
@@ -31,22 +34,16 @@ def quantization(f: Fields) -> tuple[Formats, DType | None]:
     outer = f if f.has("quantization_config", "compression_config") else f.within("text_config", default={})
     found = next((n for n in ("quantization_config", "compression_config") if outer.has(n)), "")
     if not found:
-        return (lambda name, kind: None), None
+        return (lambda name, kind, layers: {None: len(layers)}), None
     q = outer.within(found)
     method = q.word("quant_method", default="bitsandbytes" if q.has("load_in_4bit", "load_in_8bit") else "")
     if method not in DIALECTS:
         known = list(DIALECTS)
-        raise q.wrong("quant_method", f"{method!r} is not known here.", f"{closest(method, known)} All: {', '.join(sorted(known))}.")
+        raise q.wrong(
+            "quant_method", f"{method!r} is not known here.", f"{closest(method, known)} All: {', '.join(sorted(known))}."
+        )
     scheme = DIALECTS[method](q)
-    skipped = _Names(q, scheme.skipped)
-
-    @cache
-    def of(name: str, kind: str) -> Format | None:
-        if kind not in scheme.kinds or skipped.match(name):
-            return None
-        return next((form for targets, form in scheme.groups if targets is None or _Names(q, targets).match(name)), None)
-
-    return of, scheme.cache
+    return _Assignment(q, scheme), scheme.cache
 
 
 @dataclass(frozen=True)
@@ -63,31 +60,65 @@ def _one(dtype: DType, skipped: tuple[str, ...], compute: str = "") -> _Scheme:
     return _Scheme(((None, (dtype, compute)),), skipped)
 
 
+class _Assignment:
+    """Which module has which format; asks layer by layer only where the config names single layers."""
+
+    def __init__(self, q: Fields, scheme: _Scheme) -> None:
+        self._kinds, self._where = scheme.kinds, q.where
+        self._skipped = _Names(q, scheme.skipped)
+        self._groups = [(None if targets is None else _Names(q, targets), chosen) for targets, chosen in scheme.groups]
+        self._names = [self._skipped, *(names for names, _ in self._groups if names)]
+        self._left = _MOST_MATCHES
+
+    def __call__(self, name: str, kind: str, layers: Sequence[int]) -> Mapping[Format | None, int]:
+        if kind not in self._kinds:
+            return {None: len(layers)}
+        if "*" not in name or not any(names.numbered for names in self._names):
+            return {self._one(name.replace("*", "0")): len(layers)}
+        self._left -= len(layers) * sum(names.patterns + 3 for names in self._names)
+        if self._left < 0:
+            raise NarrowsError(
+                "too many patterns for so many layers.", where=self._where, remedy="Name modules without their layer."
+            )
+        return Counter(self._one(name.replace("*", str(layer), 1)) for layer in layers)
+
+    def _one(self, name: str) -> Format | None:
+        if self._skipped.match(name):
+            return None
+        return next((chosen for names, chosen in self._groups if names is None or names.match(name)), None)
+
+
 class _Names:
-    """Module names that a list of names, path pieces and `re:` patterns covers."""
+    """Module names that a list of names, path pieces and `re:` patterns covers; `numbered` if some name single layers."""
 
     def __init__(self, f: Fields, names: tuple[str, ...]) -> None:
         self._pieces = {n.strip(".") for n in names if not n.startswith("re:")}
         patterns = list(dict.fromkeys(n.removeprefix("re:") for n in names if n.startswith("re:")))
         if len(patterns) > _MOST_PATTERNS:
             raise NarrowsError(f"{len(patterns)} patterns.", where=f.where, remedy=f"Give at most {_MOST_PATTERNS}.")
-        self._patterns = [self._compiled(f, p) for p in patterns]
-
-    @staticmethod
-    def _compiled(f: Fields, pattern: str) -> re.Pattern[str]:
-        repeats = len(re.findall(r"[*+]", pattern))
-        try:
-            if len(pattern) > 200 or repeats > _MOST_REPEATS or not _SAFE.fullmatch(pattern):
-                raise re.error("not a plain pattern")
-            return re.compile(pattern)
-        except re.error as error:
-            remedy = "Use names, `.*`, classes and plain groups only."
-            raise NarrowsError(f"the pattern {pattern[:60]!r} is not read ({error.msg}).", where=f.where, remedy=remedy) from error
+        self._patterns = [_compiled(f, p) for p in patterns]
+        self.patterns = len(patterns)
+        self.numbered = any(_numbered(p) for p in patterns) or any(re.search(r"\b\d+\b", p) for p in self._pieces)
 
     def match(self, name: str) -> bool:
-        if not self._pieces.isdisjoint(_spans(name)):
-            return True
-        return any(p.match(name) for p in self._patterns)
+        return not self._pieces.isdisjoint(_spans(name)) or any(p.match(name) for p in self._patterns)
+
+
+def _numbered(pattern: str) -> bool:
+    """Whether a pattern holds a digit of its own, outside of classes such as [0-9]."""
+    return re.search(r"\d", re.sub(r"\[[^]]*\]", "", pattern)) is not None
+
+
+def _compiled(f: Fields, pattern: str) -> re.Pattern[str]:
+    """A pattern of a kind that cannot take long on a module's name, whatever the file holds."""
+    repeats = len(re.findall(r"[*+]|(?<!\()\?", pattern))
+    try:
+        if len(pattern) > 200 or repeats > (2 if _numbered(pattern) else 3) or not _SAFE.fullmatch(pattern):
+            raise re.error("not a plain pattern")
+        return re.compile(pattern)
+    except re.error as error:
+        problem = f"the pattern {pattern[:60]!r} is not read ({error.msg})."
+        raise NarrowsError(problem, where=f.where, remedy="Use names, `.*`, classes and plain groups only.") from error
 
 
 def _spans(name: str) -> Iterator[str]:
@@ -156,7 +187,11 @@ def _compressed_tensors(f: Fields) -> _Scheme:
     cached = f.within("kv_cache_scheme", default={})
     held = None
     if cached.values:
-        held = FP8 if cached.word("type", default="float") == "float" else DType(f"int{_bits(cached, 'num_bits')}", _bits(cached, "num_bits"))
+        held = (
+            FP8
+            if cached.word("type", default="float") == "float"
+            else DType(f"int{_bits(cached, 'num_bits')}", _bits(cached, "num_bits"))
+        )
     return _Scheme(found, f.words("ignore"), cache=held)
 
 
@@ -222,6 +257,12 @@ def _mxfp4(f: Fields) -> _Scheme:
 
 
 DIALECTS: dict[str, Callable[[Fields], _Scheme]] = {
-    "awq": _awq, "gptq": _gptq, "bitsandbytes": _bitsandbytes, "fp8": _fp8, "compressed-tensors": _compressed_tensors,
-    "compressed_tensors": _compressed_tensors, "torchao": _torchao, "mxfp4": _mxfp4,
-}  # fmt: skip
+    "awq": _awq,
+    "gptq": _gptq,
+    "bitsandbytes": _bitsandbytes,
+    "fp8": _fp8,
+    "compressed-tensors": _compressed_tensors,
+    "compressed_tensors": _compressed_tensors,
+    "torchao": _torchao,
+    "mxfp4": _mxfp4,
+}

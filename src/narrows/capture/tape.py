@@ -1,6 +1,6 @@
 """What capture from a config writes ops on: it knows the layer, the rows and the dtypes, and who keeps which tensor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +11,14 @@ TOKENS = Size.of(tokens=1)
 OUTPUTS = Size.of(outputs=1)
 SEQUENCES = Size.of(sequences=1)
 
-# For a module of a layer: the dtype that its weights are stored in, and the arithmetic where that differs.
+# The dtype that a module's weights are stored in, and the arithmetic where that differs.
 Format = tuple[DType, str]
-Formats = Callable[[str, str], Format | None]
+# For a module's name (with a `*` for the layer), its kind and the layers: how many of them have which format (None: plain).
+Formats = Callable[[str, str, Sequence[int]], Mapping[Format | None, int]]
 
 
-def _plain(_name: str, _kind: str) -> None:
-    return None
+def _plain(_name: str, _kind: str, layers: Sequence[int]) -> Mapping[Format | None, int]:
+    return {None: len(layers)}
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Tape:
     """Ops in the making. `rows` and `width` are those of the stream that the current part works on.
 
     act      dtype of activations and of weights that no format claims
-    formats  weight format of a module by its full name and kind, None for plain ones
+    formats  weight formats of modules
     cache    dtype of keys and values, where it is not `act`
     """
 
@@ -62,28 +63,41 @@ class Tape:
         full = self._layer + name
         weight = self.act if _has_weights(kind, dims) else None
         op = Op(full, kind, dims, act=self.act, weight=weight, inputs=tuple(i for i in inputs if i), **rest)
-        counts: dict[Format | None, int] = {}
-        for index in self._indices:
-            chosen = None if plain or weight is None else self.formats(full.replace("*", str(index), 1), kind)
-            counts[chosen] = counts.get(chosen, 0) + 1
-        for chosen, repeat in counts.items():
+        formats = _plain if plain or weight is None else self.formats
+        for chosen, repeat in formats(full, kind, self._indices).items():
             self.ops.append(op.but(repeat=repeat, **({"weight": chosen[0], "compute": chosen[1]} if chosen else {})))
         return full
 
-    def linear(self, name: str, x: str, inputs: int, outputs: int, bias: bool = False, split: str = "", plain: bool = False,
-               rows: Size | None = None, saves: bool = True, **rest: Any) -> str:  # fmt: skip
+    def linear(
+        self,
+        name: str,
+        x: str,
+        inputs: int,
+        outputs: int,
+        bias: bool = False,
+        split: str = "",
+        plain: bool = False,
+        rows: Size | None = None,
+        saves: bool = True,
+        **rest: Any,
+    ) -> str:
         """A linear layer on `rows` (by default those of the stream); its backward needs its input."""
         rows = rows or self.rows
         saved = self.keep(x, rows * inputs) if saves else 0
         dims: dict[str, Dim] = {"rows": rows, "inputs": inputs, "outputs": outputs, "bias": int(bias)}
         return self.add(name, "linear", dims, x, split=split, plain=plain, saved=saved, **rest)
 
-    def elementwise(self, name: str, inputs: tuple[str, ...], elements: Dim, flop: float, kernels: int, reads: Dim | None = None,
-                    **rest: Any) -> str:  # fmt: skip
+    def elementwise(
+        self, name: str, inputs: tuple[str, ...], elements: Dim, flop: float, kernels: int, reads: Dim | None = None, **rest: Any
+    ) -> str:
         """Number by number: `flop` per element of the result."""
         weights = rest.pop("weights", 0)
-        dims: dict[str, Dim] = {"elements": elements, "reads": elements if reads is None else reads,
-                                "flop_per_element": flop, "weights": weights}  # fmt: skip
+        dims: dict[str, Dim] = {
+            "elements": elements,
+            "reads": elements if reads is None else reads,
+            "flop_per_element": flop,
+            "weights": weights,
+        }
         return self.add(name, "elementwise", dims, *inputs, kernels=kernels, **rest)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from narrows.backward import training
-from narrows.capture import hf
+from narrows.capture import semantics
 from narrows.capture.assemble import Parameter, assemble
 from narrows.capture.tracer import Semantics, Tracer, _key, _tensors, dtype_of
 from narrows.errors import NarrowsError
@@ -34,7 +34,7 @@ def from_module(module: nn.Module, step: Step, inputs: Any = None, name: str = "
     Raises NarrowsError naming the submodule that failed, or the input that is missing.
     """
     name = name or type(module).__name__
-    if step.past.size != 1:
+    if any(field.size != 1 for field in (step.batch, step.new, step.past, step.source)):
         raise NarrowsError(f"{step} holds several steps.", where=name, remedy="Capture one batch of equal sequences.")
     parameters = {n: Parameter(p.numel(), dtype_of(p), p.dim()) for n, p in module.named_parameters()}
     trainable: dict[str, float] = {}
@@ -44,7 +44,7 @@ def from_module(module: nn.Module, step: Step, inputs: Any = None, name: str = "
         stack.enter_context(_on_meta(module))
         stack.enter_context(_mode(module, step.phase == "train"))
         tracer = Tracer(module)
-        for context in (tracer.watch_modules(), torch.device("meta"), Semantics(tracer), hf.semantics(module, tracer)):
+        for context in (tracer.watch_modules(), torch.device("meta"), Semantics(tracer), semantics.taken_whole(module, tracer, step)):
             stack.enter_context(context)
         try:
             args, kwargs = _arguments(module, step, inputs, tracer)
@@ -55,10 +55,10 @@ def from_module(module: nn.Module, step: Step, inputs: Any = None, name: str = "
             where = f"{name}: {tracer.failed_in}" if tracer.failed_in else name
             problem = f"its forward failed on the meta device ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
             raise NarrowsError(problem, where=where, remedy="Give `inputs` it accepts; sizes must not depend on values.") from error
+        semantics.trim_held(tracer, outputs)
         kept = {_key(t) for t in _tensors(outputs)}
-        ops = assemble(tracer.events, parameters, kept, tracer.saved, tracer.backward, tracer.described)
-    causal = any(e.kind == "attention" and e.dims["pairs"] < e.dims["queries"] * e.dims["context"] for e in tracer.events)
-    notes = (CAUSAL,) * causal + (NO_LOSS,) * (step.phase == "train")
+        ops = assemble(tracer.events, parameters, kept, tracer.saved, tracer.backward, tracer.described, semantics.whole_attention(module, tracer, step))
+    notes = (CAUSAL,) * tracer.causal + (NO_LOSS,) * (step.phase == "train")
     graph = Graph(name, ops, source=f"{type(module).__module__}.{type(module).__qualname__}", notes=notes)
     return _with_optimizer(graph, trainable) if step.phase == "train" else graph
 
@@ -125,9 +125,9 @@ def _arguments(module: nn.Module, step: Step, inputs: Any, tracer: Tracer) -> tu
     if inputs is not None:
         moved = _moved(inputs)
         return ((), moved) if isinstance(moved, dict) else (moved if isinstance(moved, tuple) else (moved,), {})
-    if "transformers" in sys.modules and hf.is_model(module):
+    if "transformers" in sys.modules and semantics.is_model(module):
         with tracer.paused(), torch.no_grad():
-            return (), hf.arguments(module, step)
+            return (), semantics.arguments(module, step, tracer)
     return (_first_input(module, int(step.batch[0]), int(step.new[0])),), {}
 
 

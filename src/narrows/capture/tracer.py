@@ -22,6 +22,7 @@ CUSTOM: dict[str, Callable[[Any, Any, Any], dict[str, Any]]] = {}
 _FORMATS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16, torch.float64: DTYPES["fp64"],
             torch.float8_e4m3fn: DTYPES["fp8"], torch.float8_e5m2: DTYPES["fp8"], torch.int8: DTYPES["int8"]}  # fmt: skip
 
+NUMBERS, WEIGHTS, INPUTS = 0, 1, 2  # positions and masks come of numbers alone
 View = tuple[int, int, int, float]  # storage, first and last place in it, bytes
 
 
@@ -34,10 +35,11 @@ def dtype_of(tensor: Tensor) -> DType:
 class Event:
     """One operator that ran, or one semantic op in place of the operators inside it.
 
-    path, label   where it ran (`leaf` may be a nameless activation inside), and which operator
+    path, label   where it ran and which operator; `leaf` is the innermost module, '' if that holds others
     kind, dims    as in an Op; '' for arithmetic number by number
     reads, writes views of activations; `sources` are the events that made what it reads
     params        parameters it reads: name and elements of the view
+    basis         what it is made of, at most: only with INPUTS does it count FLOP
     op            the finished op, where a module describes itself
     """
 
@@ -55,8 +57,10 @@ class Event:
     act: DType = FP32
     weight: DType | None = None
     cache: DType | None = None
+    basis: int = 2
+    floats: bool = True  # its result is not whole numbers
     op: Op | None = None
-    held_by: Callable[[], float] | None = None  # elements left in the cache when the step is over
+    layer: int | None = None  # of the cache that it keeps keys and values in
 
     @property
     def product_flop(self) -> float:
@@ -85,6 +89,8 @@ class Tracer(TorchDispatchMode):
         self.backward: dict[int, float] = {}
         self.described: set[str] = set()  # modules that gave their own op
         self.failed_in: str | None = None
+        self.caching = False  # the step keeps keys and values
+        self.causal = False  # some attention was counted so
         self._stack: list[tuple[str, nn.Module]] = []
         self._paused = 0
         self._producer: dict[int, int] = {}  # storage: last event that wrote it
@@ -137,14 +143,17 @@ class Tracer(TorchDispatchMode):
     def path(self) -> str:
         return self._stack[-1][0] if self._stack else ""
 
+    @property
+    def module(self) -> nn.Module:
+        return self._stack[-1][1] if self._stack else self.root
+
     def _place(self) -> tuple[str, str]:
-        """The path that owns what runs now, and that of the activation inside it, if one runs (it has no weights)."""
-        leaf = path = self.path
-        if len(self._stack) > 1:
-            module = self._stack[-1][1]
-            if not (module._modules or module._parameters or module._buffers):
-                path = self._stack[-2][0]
-        return path, leaf
+        """The path that owns what runs now, an activation's being that of the module around it; and the innermost leaf's."""
+        path, module = self.path, self.module
+        if module._modules or not self._stack:
+            return path, ""
+        bare = not (module._parameters or module._buffers) and len(self._stack) > 1
+        return (self._stack[-2][0] if bare else path), path
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -235,7 +244,12 @@ class Tracer(TorchDispatchMode):
 
     def _add(self, event: Event) -> None:
         index = len(self.events)
-        event.sources = list(dict.fromkeys(p for v in event.reads if (p := self._producer.get(v[0])) is not None))
+        makers = [self._producer.get(v[0]) for v in event.reads]
+        event.sources = list(dict.fromkeys(m for m in makers if m is not None))
+        bases = [INPUTS if m is None else self.events[m].basis for m in makers] + [WEIGHTS] * bool(event.params)
+        event.basis = INPUTS if event.kind else max(bases, default=NUMBERS)
+        if event.basis < INPUTS or not event.floats:
+            event.flop = 0.0
         self.events.append(event)
         for view in event.writes:
             self._producer[view[0]] = index
@@ -256,7 +270,7 @@ class Tracer(TorchDispatchMode):
         act = act if act is not None else max(writes, key=lambda t: (t.is_floating_point(), t.numel()))
         views = [v for t in reads if isinstance(t, Tensor) and not self._param(t) for v in self._views(t)]
         return Event(path, leaf, label, phase, kind, dims, flop, views, [_view(t) for t in writes],
-                     params=names, act=dtype_of(act), weight=self.formats[names[0][0]] if names else None)  # fmt: skip
+                     params=names, act=dtype_of(act), floats=act.is_floating_point(), weight=self.formats[names[0][0]] if names else None)  # fmt: skip
 
     def _resolve(self, key: int) -> tuple[int, ...]:
         return self._alias.get(key, (key,))
@@ -320,7 +334,7 @@ class Tracer(TorchDispatchMode):
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None, cached: bool = False,
-        held_by: Callable[[], float] | None = None,
+        layer: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of q [B, H, T, d] over k [B, K, S, d], v [B, K, S, e] as one op; gives an empty [B, H, T, e].
 
@@ -329,6 +343,7 @@ class Tracer(TorchDispatchMode):
         """
         batch, heads, new, width = q.shape
         keys, value = k.shape[2], v.shape[3]
+        self.causal |= causal
         if causal:
             step = Step(1, new, max(keys - new, 0))
             sliding = f"[window={window}]" if window else ""
@@ -339,11 +354,11 @@ class Tracer(TorchDispatchMode):
         held = min(keys, window) if window else keys
         dims = {"heads": heads, "kv_heads": k.shape[1], "head_dim": width, "value_dim": value, "queries": batch * new,
                 "pairs": batch * pairs, "context": batch * context, "held": batch * held if cached else 0}  # fmt: skip
-        out = self.stand_in(q.new_empty(batch, heads, new, value), [q, k, v], "attention", dims, label="attention")
+        out = self.stand_in(q.new_empty(batch, new, heads, value), [q, k, v], "attention", dims)
         if not self._paused:
             event = self.events[-1]
-            event.cache, event.held_by = (dtype_of(k) if cached else None), held_by
-        return out
+            event.cache, event.layer = (dtype_of(k) if cached else None), layer if cached else None
+        return out.transpose(1, 2)  # a fused kernel leaves it as the next layer reads it
 
     def stand_in(
         self, like: Tensor, given: Sequence[Tensor], kind: str, dims: dict[str, Any], label: str = "", op: Op | None = None
@@ -359,9 +374,23 @@ class Tracer(TorchDispatchMode):
             self._keep.append(out.untyped_storage())
             event = self._event(label or kind, self._phase(), kind, dims, given, [out], [t for t in given if self._param(t)], act=given[0])
             event.op = op
-            self._add(event)
-            index = len(self.events) - 1
+            index = self._join(event)
         return _StandIn.apply(self, index, out, *given)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _join(self, event: Event) -> int:
+        """Add a semantic event; attention over packed sequences, one call each, is one event. Gives its index."""
+        last = self.events[-1] if self.events else event
+        widths = ("heads", "kv_heads", "head_dim", "value_dim")
+        if not (last.kind == event.kind == "attention" and (last.path, last.phase) == (event.path, event.phase)
+                and all(last.dims[w] == event.dims[w] for w in widths)):  # fmt: skip
+            self._add(event)
+            return len(self.events) - 1
+        for dim in event.dims.keys() - set(widths):
+            last.dims[dim] += event.dims[dim]
+        last.reads += event.reads
+        last.writes += event.writes
+        self._producer.update(dict.fromkeys((v[0] for v in event.writes), len(self.events) - 1))
+        return len(self.events) - 1
 
     # the backward pass
 
@@ -438,8 +467,10 @@ class Semantics(TorchFunctionMode):
         q, k, v = (bound[n] for n in names[:3])
         lead = q.shape[:-2]
         flat = [t.reshape(-1, t.shape[-3] if t.dim() > 2 else 1, *t.shape[-2:]) for t in (q, k, v)]
-        out = self.tracer.attend(*flat, causal=bool(bound.get("is_causal", False)))
-        return out.view(*lead, *out.shape[-2:])
+        causal = bool(bound.get("is_causal", False))
+        cached = self.tracer.caching and (causal or getattr(self.tracer.module, "is_causal", False))
+        out = self.tracer.attend(*flat, causal=causal, cached=cached)
+        return out.reshape(*lead, *out.shape[-2:]) if len(lead) != 2 else out
 
 
 def _key(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from narrows.modules.sign_exchange import SignMean
 _FLAT = ("momentum", "variance")
 
 
-class OneBitAdamOptimizer(torch.optim.Optimizer):
+class OneBitAdamOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """Adam for `warmup` steps; then its variance is frozen and the momentum is averaged over ranks in one bit a number.
 
     Momentum, variance and rounding errors are flat fp32 vectors over all parameters, which all must take part in
@@ -23,7 +23,8 @@ class OneBitAdamOptimizer(torch.optim.Optimizer):
     `sent_bytes` counts what this rank has sent, an all-reduce as the ring that moves 2 (ranks - 1) / ranks of it.
 
     The variance is frozen with its bias corrected, and the compressed stage corrects nothing: a short warm-up would
-    otherwise leave steps too long. After the thousands of warm-up steps of the paper the two are the same.
+    otherwise leave steps too long. After the thousands of warm-up steps of the paper the two are the same. Parameters
+    that had no gradient in all of the warm-up stay where they are.
     """
 
     def __init__(self, model: DistributedDataParallel, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
@@ -45,7 +46,7 @@ class OneBitAdamOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update from the gradients that backward left: averaged ones in warm-up, this rank's own afterwards."""
         loss = None
@@ -66,6 +67,7 @@ class OneBitAdamOptimizer(torch.optim.Optimizer):
             unbiased = self.variance / (1 - beta2 ** (self.steps + 1))
             correction, denominator = 1 - beta1 ** (self.steps + 1), unbiased.sqrt()
             if self.steps + 1 == self.warmup:
+                unbiased[unbiased == 0] = torch.inf  # no gradient so far: rounding alone would move it, and very far
                 self.variance.copy_(unbiased)
         self.steps += 1
         update = self.momentum / correction / denominator.add_(group["eps"])
@@ -95,7 +97,8 @@ class OneBitAdamOptimizer(torch.optim.Optimizer):
 
 def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
-        raise NarrowsError("a parameter has no gradient.", where="1-bit-adam", remedy="Freeze parameters that the loss does not use.")
+        remedy = "Freeze the parameters that the loss does not use."
+        raise NarrowsError("a parameter has no gradient.", where="1-bit-adam", remedy=remedy)
     return parameter.grad.reshape(-1).float()
 
 

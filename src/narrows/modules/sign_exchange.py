@@ -5,41 +5,12 @@ all-gather gives its average back. Both ways carry signs, eight to a byte, and o
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How `elements` numbers are cut: one piece per rank, chunks of a common scale within it; the last ends in padding."""
-
-    elements: int
-    ranks: int
-    chunk: int
-
-    @property
-    def piece(self) -> int:
-        """Numbers that one rank serves: whole bytes of signs, and whole chunks where there is more than one."""
-        bytewise = -(-self.elements // (8 * self.ranks)) * 8
-        return bytewise if bytewise <= self.chunk else -(-bytewise // self.chunk) * self.chunk
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.piece // self.chunk)
-
-    @property
-    def message_bytes(self) -> int:
-        """Bytes of one compressed piece: its signs and its scales."""
-        return self.piece // 8 + 4 * self.chunks
-
-    def padding(self, like: Tensor) -> Tensor:
-        """1.0 for numbers that are real and 0.0 for padding, [ranks, piece]."""
-        flat = torch.zeros(self.ranks * self.piece, dtype=torch.float32, device=like.device)
-        flat[: self.elements] = 1
-        return flat.view(self.ranks, self.piece)
+from narrows.modules.sign_layout import Layout
 
 
 def compress(values: Tensor, real: Tensor, chunks: int) -> Tensor:
@@ -58,7 +29,7 @@ def compress(values: Tensor, real: Tensor, chunks: int) -> Tensor:
 def decompress(message: Tensor, real: Tensor, chunks: int) -> Tensor:
     """What `compress` made, as [n, piece] fp32 again; padding is zero."""
     n, signs = message.shape[0], message[:, : message.shape[1] - 4 * chunks]
-    scales = message[:, signs.shape[1] :].clone().view(torch.float32).view(n, chunks, 1)
+    scales = message[:, signs.shape[1] :].reshape(-1).clone().view(torch.float32).view(n, chunks, 1)
     places = torch.arange(8, dtype=torch.uint8, device=message.device)
     bits = (signs.unsqueeze(-1) >> places) & 1
     return ((bits.view(n, chunks, -1).float() * 2 - 1) * scales).view(n, -1) * real
@@ -75,7 +46,8 @@ class SignMean:
         self.layout = Layout(elements, dist.get_world_size(group), chunk)
         self.feedback, self.group = feedback, group
         rank = dist.get_rank(group)
-        self._real = self.layout.padding(like)
+        ranks, piece = self.layout.ranks, self.layout.piece  # 1.0 for a number that is real, 0.0 for padding
+        self._real = (torch.arange(ranks * piece, device=like.device) < elements).float().view(ranks, piece)
         self._mine = self._real[rank : rank + 1]
         self.worker_error = torch.zeros_like(self._real)
         self.server_error = torch.zeros_like(self._mine)
@@ -96,7 +68,7 @@ class SignMean:
             self.worker_error = values - decompress(sent, self._real, cut.chunks)
             self.server_error = served - decompress(answer, self._mine, cut.chunks)
         answers = torch.empty_like(sent)
-        dist.all_gather_into_tensor(answers.view(-1), answer.view(-1), group=self.group)
+        dist.all_gather(list(answers), answer[0], group=self.group)
         return decompress(answers, self._real, cut.chunks).view(-1)[: cut.elements]
 
     @property

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The main job on a real model: capture, diagnose on this machine, prescribe, apply, verify, report.
+set -euo pipefail
+narrows=${1:-narrows}
+out=${2:-build/demo}
+plan=${PLAN:-awq:group=64}
+rm -rf "$out" && mkdir -p "$out"
+export NARROWS_HOME=${NARROWS_HOME:-.cache/narrows} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+say() { printf '\n\033[1m$ narrows %s\033[0m\n' "$*"; "$narrows" "$@"; }
+
+say diagnose smollm2-135m --machine here --decode --context 128 --eager --html "$out/diagnosis.html"
+say prescribe smollm2-135m --machine here --decode --context 128 --eager
+say apply smollm2-135m --plan "$plan" --out "$out/model"
+say verify smollm2-135m "$out/model" --machine here --html "$out/report.html" --results "$out/results.csv"
+echo
+echo "The report with roofline, waterline and ledger: $out/report.html"

@@ -1,0 +1,114 @@
+"""A KV cache that forgets: after the prompt, each attention layer keeps the tokens that its last queries looked at."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+
+class Evicted(DynamicLayer):
+    """One layer of a DynamicCache after an eviction: its tensors hold fewer tokens than it has `seen`.
+
+    To whoever asks, it is as long as the tokens seen, so that positions and masks go on as if nothing had been dropped.
+    """
+
+    seen = 0
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, seen: int) -> "Evicted":
+        layer = cls()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values, layer.seen = keys, values, seen
+        return layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.seen += key_states.shape[-2]
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.seen += tokens_to_remove
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen = 0
+
+
+def attention_scores(queries: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """How much the last W queries [B, H, W, d] look at each key [B, K, S, d] before them: [B, K, S - W].
+
+    The mean over the queries, and over the query heads that share a key head; `mask` as attention takes it, else causal.
+    """
+    window, length = queries.shape[2], keys.shape[2]
+    logits = queries @ keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).mT * scaling
+    if mask is None:
+        mask = torch.ones(window, length, dtype=torch.bool, device=keys.device).tril(length - window)
+    mask = mask[..., -window:, :length]
+    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    looks = logits.softmax(-1, dtype=torch.float32)[..., : length - window].mean(2)
+    return looks.unflatten(1, (keys.shape[1], -1)).mean(2)
+
+
+def keep(scores: Tensor, budget: int, window: int, kernel: int) -> Tensor:
+    """Which tokens stay: of scores [B, K, S - W], smoothed over `kernel` neighbours, the best, and the last W; [B, K, budget]."""
+    smooth = nn.functional.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2, count_include_pad=False)
+    best = smooth.topk(budget - window, dim=-1).indices.sort(dim=-1).values
+    last = torch.arange(window, device=scores.device) + scores.shape[-1]
+    return torch.cat([best, last.expand(*best.shape[:-1], window)], dim=-1)
+
+
+def turned(queries: Tensor, embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Queries [B, H, W, d] rotated by their positions: cos and sin [B, T, r] of the last W tokens, on the first r numbers."""
+    if embeddings is None:
+        return queries
+    cos, sin = (e[:, None, -queries.shape[2] :] for e in embeddings)
+    part, rest = queries[..., : cos.shape[-1]], queries[..., cos.shape[-1] :]
+    first, second = part.chunk(2, dim=-1)
+    return torch.cat([part * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+
+class Eviction:
+    """The hooks of one attention module: `before` fits the mask to the keys that are left, `after` evicts a prompt's keys.
+
+    attention looks at the mean attention of the last `window` queries; recency keeps the last `budget` tokens.
+    """
+
+    def __init__(self, budget: int, window: int, kernel: int, by: str) -> None:
+        self.budget, self.window, self.kernel, self.by = budget, window, kernel, by
+
+    def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if cache is None or mask is None:
+            return args, kwargs
+        layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
+        held = layer.keys.shape[-2] if isinstance(layer, Evicted) and layer.is_initialized else None
+        if held is None:
+            return args, kwargs
+        # masks are made for all tokens seen; of those before this step, what is left is visible
+        return args, {**kwargs, "attention_mask": mask[..., -(held + kwargs["hidden_states"].shape[1]) :]}
+
+    @torch.no_grad()
+    def after(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        cache, hidden = kwargs.get("past_key_values"), kwargs["hidden_states"]
+        if cache is None:
+            return
+        layer, new = cache.layers[module.layer_idx], hidden.shape[1]
+        if layer.keys.shape[-2] != new or new <= self.budget:  # not a prompt, or one that fits
+            return
+        keys, values = layer.keys, layer.values
+        index = self._chosen(module, hidden, keys, kwargs)[..., None]
+        kept = (t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in (keys, values))
+        cache.layers[module.layer_idx] = Evicted.of(*kept, seen=new)
+
+    def _chosen(self, module: Any, hidden: Tensor, keys: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        if self.by == "recency":
+            last = torch.arange(keys.shape[2] - self.budget, keys.shape[2], device=keys.device)
+            return last.expand(*keys.shape[:2], self.budget)
+        queries = module.q_proj(hidden[:, -self.window :]).unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
+        queries = module.q_norm(queries) if hasattr(module, "q_norm") else queries
+        scores = attention_scores(turned(queries, kwargs.get("position_embeddings")), keys, module.scaling, kwargs.get("attention_mask"))
+        return keep(scores, self.budget, self.window, self.kernel)

@@ -1,0 +1,135 @@
+"""Tables of what there is: the ops of a graph, the catalogue, the evidence, machines and models."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from narrows.claims import Evidence
+from narrows.graph import Graph
+from narrows.machine import Machine
+from narrows.report.tables import Cell, Table, columns, commas, share_of
+from narrows.units import format_bytes, format_rate, format_seconds
+
+
+def graph_sentence(g: Graph) -> str:
+    runs = sum(op.repeat for op in g)
+    how = "every operator its own kernel" if g.eager else "fused as an engine runs it"
+    owns = f"{commas(g.parameters)} parameters, {format_bytes(g.weight_bytes)} of weights"
+    return f"{g.name}: {owns}, {commas(runs)} ops folded into {len(g.ops)}, {how}"
+
+
+def graph_table(g: Graph) -> Table:
+    """The kinds of op in a graph: how many, and what they own."""
+    kinds = {op.kind: [o for o in g if o.kind == op.kind] for op in g}
+    rows = tuple(
+        (
+            Cell(kind),
+            Cell(commas(len(ops)), len(ops)),
+            Cell(commas(sum(o.repeat for o in ops))),
+            Cell(commas(sum(o.parameters for o in ops))),
+            Cell(format_bytes(sum(o.weight_bytes for o in ops))),
+            Cell(", ".join(dict.fromkeys((o.weight or o.act).name for o in ops))),
+            Cell(share=share_of(sum(o.weight_bytes for o in ops), g.weight_bytes), tone="bandwidth"),
+        )
+        for kind, ops in sorted(kinds.items(), key=lambda item: -sum(o.weight_bytes for o in item[1]))
+    )
+    heads = columns("kind", "ops:number", "runs:number", "parameters:number", "weights:number", "stored as", ":bar")
+    return Table("Kinds of op", heads, rows)
+
+
+def paper_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The catalogue with the derived status of each row: keys slug, name, family, priority, status, claims, passing."""
+    tones = {"works": "good", "described": "quiet"}
+    heads = columns("slug", "name:prose:120", "family:prose", "priority::90", "status", "claims:number")
+    cells = tuple(
+        (
+            Cell(r["slug"]),
+            Cell(r["name"]),
+            Cell(r["family"]),
+            Cell(r["priority"]),
+            Cell(r["status"], tone=tones.get(r["status"], "")),
+            Cell(f"{r['passing']} of {r['claims']}" if r["claims"] else ""),
+        )
+        for r in rows
+    )
+    counts = {s: sum(r["status"] == s for r in rows) for s in ("works", "built", "described")}
+    return Table("", heads, cells, note=f"{len(rows)} techniques: " + ", ".join(f"{n} {s}" for s, n in counts.items()))
+
+
+def evidence_table(rows: Sequence[Evidence]) -> Table:
+    """Each claim: the paper's figure, ours, the tolerance, and whether it holds."""
+    cells = tuple(
+        (
+            Cell(e.slug),
+            Cell(e.claim),
+            Cell(f"{e.paper:.4g}"),
+            Cell(f"{e.ours:.4g}"),
+            Cell("" if math.isnan(e.baseline) else f"{e.baseline:.4g}"),
+            Cell(e.unit),
+            Cell(e.tolerance),
+            Cell(e.how),
+            Cell("pass" if e.passed else "FAIL", tone="good" if e.passed else "bad"),
+            Cell(format_seconds(e.seconds)),
+        )
+        for e in rows
+    )
+    heads = columns(
+        "technique:name",
+        "claim:name",
+        "paper:number",
+        "ours:number",
+        "baseline:number:100",
+        "unit",
+        "tolerance::100",
+        "how::120",
+        "check",
+        "took:number:120",
+    )
+    return Table("", heads, cells, note=f"{sum(e.passed for e in rows)} of {len(rows)} claims pass")
+
+
+def machine_table(found: Iterable[Machine]) -> Table:
+    """Machines with their main figures; the peak is the dense rate of bf16, or of the type named below it."""
+    cells = tuple(
+        (
+            Cell(m.name),
+            Cell(m.kind),
+            Cell(
+                format_rate(m.peak("bf16"), "FLOP"),
+                m.peak("bf16"),
+                under="" if m.computes_in("bf16") == "bf16" else m.computes_in("bf16"),
+            ),
+            Cell(format_bytes(m.memory.capacity_bytes)),
+            Cell(format_rate(m.memory.bandwidth_bytes_per_s, "B")),
+            Cell(format_rate(m.link.bandwidth_bytes_per_s, "B") if m.link else ""),
+            Cell(f"{m.power_watts:g} W" if m.power_watts else ""),
+            Cell(m.title),
+        )
+        for m in found
+    )
+    heads = columns(
+        "machine",
+        "kind",
+        "bf16 peak:number",
+        "memory:number",
+        "bandwidth:number",
+        "link:number:70",
+        "power:number:75",
+        "title:prose:110",
+    )
+    return Table("", heads, cells)
+
+
+def model_table(found: Iterable[Graph]) -> Table:
+    """Models that can be named without a file."""
+    cells = tuple(
+        (
+            Cell(g.name),
+            Cell(commas(g.parameters)),
+            Cell(format_bytes(g.weight_bytes)),
+            Cell(commas(sum(o.repeat for o in g))),
+            Cell(g.source),
+        )
+        for g in found
+    )
+    return Table("", columns("model", "parameters:number", "weights:number", "ops:number", "from:prose"), cells)

@@ -1,0 +1,126 @@
+"""Give low layers a large KV budget and high layers a small one, and keep in each the tokens that the prompt's end looks at.
+
+The budgets fall arithmetically with depth at a fixed total. After the prompt, each layer keeps per KV head the tokens with
+the most attention from the last `window` queries (smoothed over neighbours), and those queries' own tokens; what is
+decoded later is kept whole.
+
+## When it helps
+Long prompts with short answers: cache bytes and cache reads are capped however long the prompt is. More sequences fit.
+
+## When it does not
+Prompts near the budget save nothing. What is asked only later in the conversation may have been dropped. The scores cost a
+`window` of queries over the prompt in every layer, which is not counted in the graph; models with sliding layers are refused.
+
+## Reference
+Cai et al.: PyramidKV, arXiv 2406.02069 (2024), section 4, with the selection of SnapKV (arXiv 2404.14469). Where the authors'
+code rounds the step between layers down, and so keeps more than the budget, the total here is exact; budgets do not adapt to
+prompts shorter than the largest of them.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from narrows.cost import Limit
+from narrows.errors import NarrowsError
+from narrows.graph import Graph, Op, Size
+from narrows.machine import Machine
+from narrows.step import Step
+from narrows.technique import Card, Claim, Example, No, Rewrites, Stage, Verdict, choice
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class PyramidKV(Rewrites):
+    """Keep `budget` tokens of the prompt per layer on average, more below than above."""
+
+    budget: int = choice(128, 64, 256, 512, 1024, 2048, help="tokens kept per layer, as a mean over the layers")
+    beta: int = choice(20, 2, 5, help="steepness: the highest layer keeps (budget - window) / beta tokens beside the window; 1 is flat")
+    window: int = choice(8, 16, 32, help="last prompt tokens, which choose and which stay")
+    kernel: int = choice(5, help="neighbours over which attention is smoothed; odd")
+    by: str = choice("attention", help="attention, or recency: the last tokens of the prompt")
+
+    card: ClassVar[Card] = Card(
+        "pyramidkv",
+        relieves=(Limit.CAPACITY, Limit.BANDWIDTH),
+        phases=("decode",),
+        exact=False,
+        price="what the end of the prompt does not look at is forgotten",
+        stage=Stage.CACHE,
+        touches=("cache",),
+        claims=(),
+    )
+
+    def __post_init__(self) -> None:
+        if not (self.budget > self.window >= 1 and self.beta >= 1 and self.kernel % 2 == 1 and self.kernel > 0) or self.by not in ("attention", "recency"):
+            raise NarrowsError(f"{self} is not possible.", where="pyramidkv", remedy="Give budget > window >= 1, beta >= 1 and an odd kernel.")
+
+    def baseline(self) -> "PyramidKV":
+        return replace(self, beta=1, by="recency")
+
+    def budgets(self, layers: int) -> tuple[int, ...]:
+        """Tokens of the prompt that each layer keeps, lowest first; their sum is layers x budget.
+
+        The highest keeps b = (budget - window) / beta beside its window, the lowest 2 (budget - window) - b.
+        """
+        free = self.budget - self.window
+        least = free // self.beta
+        spread = 2 * (free - least)
+        # of two layers as far from the middle as each other one is rounded down and the other up
+        lower = [2 * free - least - (i * spread + (layers - 1) // 2) // max(layers - 1, 1) for i in range(layers // 2)]
+        middle = [free] if layers % 2 else []
+        return tuple(self.window + n for n in (*lower, *middle, *(2 * free - n for n in reversed(lower))))
+
+    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
+        attention = graph.find("attention")
+        layers = sum(op.repeat for op in attention)
+        if not attention or any(op.cache is None for op in attention):
+            return No("no layer of it keeps keys and values from step to step" if not attention else f"{attention[0].name} keeps no cache in this step")
+        if sum(op.repeat for op in graph.find("linear") if op.name.endswith(".q_proj")) != layers:
+            return No(f"of its {layers} attention layers not all have a q_proj of their own, with which to score the prompt")
+        if len({replace(op, name="", inputs=(), repeat=1) for op in attention}) > 1:
+            return No("its attention layers do not all see the same tokens")
+        longest = float((step.past + step.new).max())
+        if longest <= min(self.budgets(layers)):
+            return No(f"{longest:g} tokens fit the smallest of its budgets, {min(self.budgets(layers))}")
+        return True
+
+    def rewrite(self, graph: Graph) -> Graph:
+        budgets = iter(self.budgets(sum(op.repeat for op in graph.find("attention"))))
+
+        def capped(op: Op) -> Op | list[Op]:
+            if op.kind != "attention" or op.phase != "forward":
+                return op
+            held = Counter(next(budgets) for _ in range(op.repeat))
+            return [op.but(repeat=n, **{dim: Size.of({f"{dim}[past={kept}]": 1.0}) for dim in ("pairs", "context", "held")})
+                    for kept, n in held.items()]  # fmt: skip
+
+        return graph.map(capped)
+
+    def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
+        from narrows.modules.eviction import Eviction
+
+        types = getattr(getattr(model, "config", None), "layer_types", None) or [""]
+        layers: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj") and hasattr(m, "scaling")]
+        if not layers or len(set(types)) > 1 or any(hasattr(m, "eviction") for m in layers):
+            problem = f"{type(model).__name__} has no attention layers that it can cap, all alike and not capped yet."
+            raise NarrowsError(problem, where="pyramidkv", remedy="Use a decoder of the llama, mistral or qwen kind.")
+        for layer, budget in zip(sorted(layers, key=lambda m: m.layer_idx), self.budgets(len(layers)), strict=True):
+            layer.eviction = Eviction(budget, self.window, self.kernel, self.by)
+            layer.register_forward_pre_hook(layer.eviction.before, with_kwargs=True)
+            layer.register_forward_hook(layer.eviction.after, with_kwargs=True)
+        return model
+
+    @classmethod
+    def example(cls) -> Example:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
+                             num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+        data = [{"input_ids": torch.randint(128, (2, 300), generator=torch.Generator().manual_seed(i))} for i in range(2)]
+        return Example(LlamaForCausalLM(config).eval(), data, Step.decode(2, 300))

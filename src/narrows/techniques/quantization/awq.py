@@ -1,0 +1,269 @@
+"""Keep linear weights in 4 bits, after scaling up the input channels that carry the largest activations.
+
+A channel's scale is s = mean|x| ** alpha; alpha is searched on the error of the layers' outputs. Weights are
+multiplied by s before they are rounded, and whatever writes the channel is divided by it, so the network computes the
+same and rounds less where it matters.
+
+## When it helps
+Decoding with few sequences reads every weight once for each token: with a quarter of the bytes the step comes close to
+a quarter of the time. A model that does not fit its memory fits in a quarter of it.
+
+## When it does not
+Long prompts and large batches are bound by arithmetic; unpacking the weights then only adds to it. On a CPU the
+packed kernel needs bf16 activations. Networks whose residual stream has no outlying channels gain little over
+plain rounding.
+
+## Reference
+Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, MLSys 2024.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from narrows.cost import Limit
+from narrows.errors import NarrowsError
+from narrows.graph import DType, Graph, Op
+from narrows.machine import Machine
+from narrows.step import Step
+from narrows.technique import Card, Claim, Example, No, Rewrites, Stage, Verdict, choice
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+# Linear layers of one block that read the same input, and the layer of the block that writes it ('': its norm).
+READERS = {
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): "",
+    ("self_attn.o_proj",): "self_attn.v_proj",
+    ("mlp.gate_proj", "mlp.up_proj"): "",
+    ("mlp.down_proj",): "mlp.up_proj",
+}
+LAYERS = tuple(layer for readers in READERS for layer in readers)
+NORMS = ("post_attention_layernorm", "pre_feedforward_layernorm")  # either stands before the MLP
+GRID = 20  # values of alpha, from 0 (plain rounding) upwards
+SHRINKS = (1.0, 0.9, 0.8, 0.7)  # clipped ranges tried; queries and keys are never clipped
+SAMPLES = 256  # tokens of each layer's input that the searches see
+ROWS = 128  # outputs of each layer, evenly spread, on which scales are judged: a tenth of the time, the same choice
+
+
+@dataclass(frozen=True)
+class AWQ(Rewrites):
+    """4-bit weights in groups of inputs with a scale and a zero each; heads and embeddings stay as they are."""
+
+    card: ClassVar[Card] = Card(
+        slug="awq",
+        relieves=(Limit.BANDWIDTH, Limit.CAPACITY),
+        phases=("decode",),
+        exact=False,
+        stage=Stage.QUANTIZE,
+        touches=("linear weights",),
+        needs=("calibration",),
+        price="a few percent of perplexity on small models, less on large ones",
+        claims=(),
+    )
+
+    group: int = choice(128, 64, 32, help="inputs that share a scale and a zero; fewer round better and cost more bytes")
+    clip: bool = choice(True, False, help="also search how far to clip each group's range")
+    search: bool = choice(True, help="without it every scale is 1: rounding to nearest")
+
+    def baseline(self) -> "AWQ":
+        return replace(self, search=False)
+
+    @property
+    def form(self) -> DType:
+        return DType("int4", 4, self.group, scale_bits=16, zero_bits=16)
+
+    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
+        linears = {op.name: (op["inputs"], op["outputs"]) for op in graph.find("linear") if op.weight and not op.weight.scale_bits}
+        return self._fits(linears, {op.name for op in graph.find("norm")})
+
+    def rewrite(self, graph: Graph) -> Graph:
+        def pack(op: Op) -> Op:
+            return replace(op, weight=self.form) if op.kind == "linear" and op.name.endswith(LAYERS) else op
+
+        return graph.map(pack)
+
+    def apply(self, model: "nn.Module", data: Sequence[Mapping[str, "Tensor"]]) -> "nn.Module":
+        from narrows.modules.packed_linear import PackedLinear, quantized
+
+        model, inputs = self.scaled(model, data)
+        for name, linear in _linears(model).items():
+            shrink = self._shrink(linear.weight, inputs[name]) if self.clip and name in inputs and "_attn.q" not in name and "_attn.k" not in name else 1.0
+            model.set_submodule(name, PackedLinear.of(quantized(linear.weight, self.form, shrink), linear.bias))
+        return model
+
+    def scaled(self, model: "nn.Module", data: Sequence[Mapping[str, "Tensor"]]) -> tuple["nn.Module", dict[str, "Tensor"]]:
+        """The model with scales in its weights and not yet rounded (it computes the same), and the layers' inputs [T, K].
+
+        Raises NarrowsError, before anything is changed, for a model or data that do not fit.
+        """
+        import torch
+
+        names = {name for name, _ in model.named_modules()}
+        linears = _linears(model)
+        verdict = self._fits({name: (m.in_features, m.out_features) for name, m in linears.items()}, names)
+        if isinstance(verdict, No):
+            raise NarrowsError(f"{verdict.reason}.", where="awq", remedy="Use another technique or another group.")
+        if not self.search:
+            return model, {}
+        if not data:
+            raise NarrowsError("the search for scales needs calibration data.", where="awq", remedy="Pass a few batches, or --text FILE.")
+        inputs, norms = _observe(model, linears, data)
+        with torch.no_grad():
+            for block in _blocks(linears):
+                for readers, writer in READERS.items():
+                    layers = [linears[f"{block}.{r}"] for r in readers]
+                    x = inputs[f"{block}.{readers[0]}"]
+                    source = linears[f"{block}.{writer}"] if writer else norms[f"{block}.{readers[0]}"]
+                    if writer and source.weight.shape[0] != x.shape[1]:
+                        continue  # grouped queries: one value channel is read several times
+                    scale = self._scale([m.weight for m in layers], x)
+                    for layer in layers:
+                        layer.weight.mul_(scale)
+                    _divide(source, scale)
+                    x.div_(scale)
+        return model, {f"{block}.{r}": inputs[f"{block}.{rs[0]}"] for block in _blocks(linears) for rs in READERS for r in rs}
+
+    def _scale(self, weights: "Sequence[Tensor]", x: "Tensor") -> "Tensor":
+        """The scales [K] under which rounding changes the outputs of the weights [N, K] least, given inputs x [T, K]."""
+        import torch
+
+        from narrows.modules.packed_linear import requantized
+
+        weight = torch.cat([w[:: -(-len(w) // ROWS)].float() for w in weights])
+        size = x.abs().mean(0).clamp(min=1e-4)
+        best, least = torch.ones_like(size), float("inf")
+        for step in range(GRID):
+            scale = size ** (step / GRID)
+            scale = scale / (scale.max() * scale.min()).sqrt()
+            change = requantized(weight * scale, self.form).div_(scale).sub_(weight)
+            error = float((x @ change.T).square().sum())
+            if error < least:
+                best, least = scale, error
+        return best
+
+    def _shrink(self, weight: "Tensor", x: "Tensor") -> "Tensor":
+        """For each group of a weight [N, K] the share of its range [N, G] that serves inputs x [T, K] best."""
+        import torch
+
+        from narrows.modules.packed_linear import requantized
+
+        groups = x.view(len(x), -1, self.group).transpose(0, 1)
+        gram = groups.transpose(1, 2) @ groups  # [G, g, g]
+        plain = weight.detach().float()
+        best = torch.ones(len(plain), len(gram))
+        least = torch.full_like(best, float("inf"))
+        for shrink in SHRINKS:
+            change = requantized(plain, self.form, shrink).sub_(plain).view(len(plain), -1, self.group).transpose(0, 1)
+            error = ((change @ gram) * change).sum(-1).T  # what the group adds to the square of the output
+            best = torch.where(error < least, shrink, best)
+            least = torch.minimum(error, least)
+        return best
+
+    def _fits(self, linears: Mapping[str, tuple[Any, Any]], names: set[str]) -> Verdict:
+        """Whether blocks of these linear layers (inputs, outputs), with other parts of these names, are Llama's."""
+        blocks = _blocks(linears)
+        if not blocks:
+            return No("no block has linear layers self_attn.q_proj to mlp.down_proj, as Llama's have")
+        for block in blocks:
+            lacking = [layer for layer in LAYERS if f"{block}.{layer}" not in linears]
+            if lacking:
+                return No(f"{block} has no plain linear layer {lacking[0]}")
+            if f"{block}.input_layernorm" not in names or not any(f"{block}.{n}" in names for n in NORMS):
+                return No(f"{block} has no norm before its attention or its MLP that could take up the scales")
+        sizes = [linears[f"{block}.{layer}"] for block in blocks for layer in LAYERS]
+        odd = [int(n) for _, n in sizes if n % 2]
+        if odd:
+            return No(f"{odd[0]} outputs do not pack in pairs")
+        uneven = [int(k) for k, _ in sizes if k % self.group]
+        if uneven:
+            fitting = [g for g in (128, 64, 32) if not any(k % g for k, _ in sizes)]
+            return No(f"{uneven[0]} inputs are no multiple of group={self.group}" + (f"; group={fitting[0]} fits" if fitting else ""))
+        return True
+
+    @classmethod
+    def example(cls) -> Example:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=256)
+        return Example(LlamaForCausalLM(config).eval(), [{"input_ids": torch.randint(256, (2, 64))}], Step.decode(1, context=64))
+
+
+def _blocks(names: Mapping[str, Any]) -> list[str]:
+    """The paths of the blocks that have any of the layers, in order."""
+    return list(dict.fromkeys(name.removesuffix(f".{layer}") for name in names for layer in LAYERS if name.endswith(f".{layer}")))
+
+
+def _linears(model: "nn.Module") -> "dict[str, nn.Linear]":
+    """The layers to pack, by path."""
+    from torch import nn
+
+    return {name: m for name, m in model.named_modules() if type(m) is nn.Linear and name.endswith(LAYERS)}
+
+
+def _observe(
+    model: "nn.Module", linears: "Mapping[str, nn.Linear]", data: Sequence[Mapping[str, "Tensor"]]
+) -> "tuple[dict[str, Tensor], dict[str, nn.Module]]":
+    """Run the data: SAMPLES rows of the input [T, K] of each group's first layer, and the norm that alone feeds it."""
+    import torch
+
+    seen: dict[str, list[Tensor]] = {}
+    fed: dict[str, nn.Module] = {}
+    last: dict[str, Any] = {}  # the norm that ran last, and what it gave
+    each = -(-SAMPLES // len(data))
+    firsts = {f"{block}.{readers[0]}" for block in _blocks(linears) for readers in READERS}
+
+    def after_norm(norm: "nn.Module", args: Any, out: "Tensor") -> None:
+        last.update(norm=norm, out=out)
+
+    def before(name: str) -> Any:
+        def keep(layer: "nn.Module", args: Any) -> None:
+            x = args[0]
+            if x is last.get("out"):
+                fed[name] = last["norm"]
+            if name in firsts:
+                rows = x.detach().reshape(-1, x.shape[-1])
+                seen.setdefault(name, []).append(rows[torch.linspace(0, len(rows) - 1, min(each, len(rows))).long()].float())
+
+        return keep
+
+    hooks = [linear.register_forward_pre_hook(before(name)) for name, linear in linears.items()]
+    for block in _blocks(linears):
+        children = model.get_submodule(block).children()
+        hooks += [c.register_forward_hook(after_norm) for c in children if getattr(c, "weight", None) is not None and c.weight.dim() == 1]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            for batch in data:
+                model(**batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    for block in _blocks(linears):
+        for readers in (r for r, writer in READERS.items() if not writer):
+            names = {f"{block}.{r}" for r in readers}
+            norm = fed.get(min(names))
+            if norm is None or {name for name, n in fed.items() if n is norm} != names:
+                problem = f"no norm feeds {' and '.join(readers)} alone."
+                raise NarrowsError(problem, where=f"awq: {block}", remedy="Use a technique without scales, or search=False.")
+    return {name: torch.cat(rows) for name, rows in seen.items()}, fed
+
+
+def _divide(source: "nn.Module", scale: "Tensor") -> None:
+    """Divide what a linear layer or a norm gives by `scale` [K], in its parameters."""
+    import torch
+
+    if isinstance(source, torch.nn.Linear):
+        source.weight.div_(scale[:, None])
+    else:  # some norms multiply by 1 + weight: they give something even where all parameters are 0
+        none = {name: torch.zeros_like(p) for name, p in source.named_parameters()}
+        probe = torch.linspace(-1, 1, len(scale), dtype=scale.dtype)
+        one = float(torch.func.functional_call(source, none, (probe,)).abs().max() > 0)
+        source.weight.add_(one).div_(scale).sub_(one)
+    if isinstance(getattr(source, "bias", None), torch.Tensor):
+        source.bias.div_(scale)

@@ -1,0 +1,280 @@
+"""Drop whole attention (or MLP) sublayers whose output hardly turns the residual stream; attention is the most redundant.
+
+A sublayer is scored on calibration text by the cosine between the stream before it and after it; the most similar go,
+with their norm, rotation and KV cache. No weight is changed and nothing is trained.
+
+## When it helps
+Long contexts: the KV cache, its reads and the attention work fall by the share of the layers dropped. Deep models have
+more to spare: of Llama-2-70B half of the attention layers can go, of a 1B few.
+
+## When it does not
+MLPs hold most of the weights and bear little dropping. Where layers are not alike (sliding next to full attention, parallel
+attention and MLP) it refuses: what it would save is only known after calibration, or the sublayers cannot be told apart.
+
+## Reference
+He, Sun, Shen, Li: What Matters in Transformers? Not All Attention is Needed, arXiv 2406.15786 (2024), section 3. A saved
+model carries `drop_attn_list` and `drop_mlp_list` in its config as the authors' code writes them; `restore` reads them.
+"""
+
+import random
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from narrows.cost import Limit
+from narrows.errors import NarrowsError
+from narrows.graph import Graph, Op
+from narrows.machine import Machine
+from narrows.step import Step
+from narrows.technique import Card, Claim, Example, No, Rewrites, Stage, Verdict, choice
+
+if TYPE_CHECKING:
+    import torch
+
+# How layers name their residual sublayers, in the order in which these run. Children that a layer lacks are left out.
+Layout = Mapping[str, tuple[str, ...]]
+LAYOUTS: tuple[Layout, ...] = (
+    {"attention": ("input_layernorm", "self_attn", "resid_attn_dropout"), "mlp": ("post_attention_layernorm", "mlp", "resid_mlp_dropout")},
+    {"attention": ("input_layernorm", "self_attn", "post_attention_layernorm"),
+     "mlp": ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")},
+)  # fmt: skip
+LISTS = {"attention": "drop_attn_list", "mlp": "drop_mlp_list"}
+_IN_LAYER = re.compile(r"((?:.+?\.)?(?:\d+|\*))\.([^.]+)")
+
+
+def layout(children: Collection[str]) -> Layout | None:
+    """The layout of a layer whose children with parameters have these names: each sublayer has a norm of its own."""
+    for found in LAYOUTS:
+        own = [{n for n in chain if n in children} for chain in found.values()]
+        if set().union(*own) == set(children) and "self_attn" in own[0] and "mlp" in own[1] and all(len(chain) > 1 for chain in own):
+            return found
+    return None
+
+
+def _place(op: Op) -> tuple[str, str]:
+    """The layer that an op is in, and the layer's child (or the op itself where it is the layer's own)."""
+    match = _IN_LAYER.match(op.name)
+    return (match[1], match[2]) if match else ("", "")
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The alike layers of a folded graph: per sublayer kind its ops, and in how many layers it is."""
+
+    ops: dict[str, list[Op]]
+    count: dict[str, int]
+
+
+def _key(op: Op) -> Op:
+    """An op as far as its work goes."""
+    return replace(op, inputs=(), repeat=1, saved=0)
+
+
+def _stack(graph: Graph) -> _Stack | No:
+    """The decoder layers of a folded graph, or why they cannot be thinned by count."""
+    children: dict[str, set[str]] = {}
+    for op in graph:
+        layer, child = _place(op)
+        if layer and op.weight is not None:
+            children.setdefault(layer, set()).add(child)
+    layer, names = next(((la, found) for la, c in children.items() if (found := layout(c))), ("", None))
+    if names is None:
+        return No("no layer of it is norm, attention, add, norm, MLP, add, one after the other and under known names")
+    ops: dict[str, list[Op]] = {}
+    count: dict[str, int] = {}
+    for kind, chain in names.items():
+        inside = {op.name for op in graph if _place(op)[0] == layer and _place(op)[1] in chain}
+        ops[kind] = [op for op in graph if op.name in inside or (_place(op)[0] == layer and op.kind == "elementwise" and _adds(op, inside, names))]
+        norm = next(f"{layer}.{n}" for n in chain if f"{layer}.{n}" in inside)
+        count[kind] = sum(op.repeat for op in graph if op.name == norm and op.phase == "forward")
+        alike: dict[Op, int] = {}
+        for op in ops[kind]:
+            alike[_key(op)] = alike.get(_key(op), 0) + op.repeat
+        uneven = [op for op, n in alike.items() if n % count[kind]]
+        if uneven:
+            return No(f"{uneven[0].name} is not the same in all {count[kind]} layers, so what a dropped one saves is only known after calibration")
+    return _Stack(ops, count)
+
+
+def _adds(op: Op, inside: Collection[str], names: Layout) -> bool:
+    """Whether an op is the layer's own and adds a sublayer to the stream."""
+    return _place(op)[1] not in {n for chain in names.values() for n in chain} and not inside.isdisjoint(op.inputs)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class LLMDrop(Rewrites):
+    """Drop the attention and MLP sublayers that turn the residual stream the least."""
+
+    attention: int = choice(4, 8, 2, help="attention sublayers to drop")
+    mlp: int = choice(0, 2, help="MLP sublayers to drop")
+    by: str = choice("similarity", help="similarity, or random: the same number by chance")
+
+    card: ClassVar[Card] = Card(
+        "llm-drop",
+        relieves=(Limit.BANDWIDTH, Limit.CAPACITY, Limit.COMPUTE, Limit.LAUNCH),
+        phases=("prefill", "decode", "forward", "train"),
+        exact=False,
+        price="a few percent of perplexity a dropped attention in small models, less in large ones; fine-tuning recovers part",
+        stage=Stage.REMOVE,
+        touches=("layers",),
+        needs=("calibration",),
+        claims=(),
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.attention, self.mlp) < 0 or self.by not in ("similarity", "random"):
+            raise NarrowsError(f"{self} is not possible.", where="llm-drop", remedy="Give counts of at least 0, and by=similarity.")
+
+    def baseline(self) -> "LLMDrop":
+        return replace(self, by="random")
+
+    def _wanted(self) -> dict[str, int]:
+        return {"attention": self.attention, "mlp": self.mlp}
+
+    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
+        stack = _stack(graph.fold())
+        if isinstance(stack, No):
+            return stack
+        for kind, wanted in self._wanted().items():
+            if wanted >= stack.count[kind]:
+                return No(f"it has {stack.count[kind]} {kind} sublayers, and {wanted} are to go")
+        return True if any(self._wanted().values()) else No("nothing is to be dropped")
+
+    def rewrite(self, graph: Graph) -> Graph:
+        graph = graph.fold()
+        stack = _stack(graph)
+        if isinstance(stack, No):
+            return graph
+        left: dict[Op, int] = {}  # repeats to take out, by what an op does
+        for kind, wanted in self._wanted().items():
+            for op in stack.ops[kind]:
+                left[_key(op)] = left.get(_key(op), 0) + op.repeat * wanted
+            for op in {_key(op) for op in stack.ops[kind]}:
+                left[op] //= stack.count[kind]
+        kept: list[Op] = []
+        for op in reversed(graph.ops):  # entries of one name differ in what the first layer reads: the last go first
+            taken = min(left.get(_key(op), 0), op.repeat)
+            if taken:
+                left[_key(op)] -= taken
+            if taken < op.repeat:
+                kept.append(replace(op, repeat=op.repeat - taken))
+        return replace(graph, ops=tuple(reversed(kept)))
+
+    def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
+        names, layers = _layers(model)
+        scores = similarities(model, data) if self.by == "similarity" else {}
+        lost = {}
+        for kind, wanted in self._wanted().items():
+            if wanted >= len(layers):
+                raise NarrowsError(f"it has {len(layers)} {kind} sublayers, and {wanted} are to go.", where="llm-drop", remedy="Drop fewer.")
+            order = list(range(len(layers)))
+            if self.by == "random":
+                random.Random(f"{kind} 0").shuffle(order)
+            else:
+                order.sort(key=lambda i: -scores[kind][i])  # noqa: B023  (sorted at once)
+            lost[kind] = sorted(order[:wanted])
+        drop(model, lost)
+        return model
+
+    @classmethod
+    def example(cls) -> Example:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+                             num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+        data = [{"input_ids": torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(i))} for i in range(2)]
+        return Example(LlamaForCausalLM(config).eval(), data, Step.decode(2, 16))
+
+
+def _layers(model: "torch.nn.Module") -> tuple[Layout, list[Any]]:
+    """The layout and the decoder layers of a model; raises NarrowsError where they are not alike or not known."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) > 1:
+            found = [layout({n for n, child in layer.named_children() if any(True for _ in child.parameters())}) for layer in module]
+            if found[0] and all(f == found[0] for f in found):
+                types = getattr(getattr(model, "config", None), "layer_types", None) or [""]
+                if len(set(types)) > 1:
+                    raise NarrowsError("its layers attend in different ways.", where="llm-drop", remedy="Use a model whose layers are alike.")
+                return found[0], list(module)
+    problem = f"{type(model).__name__} has no list of layers with norm, self_attn, norm and mlp, or has been thinned already."
+    raise NarrowsError(problem, where="llm-drop", remedy="Use a decoder of the llama, mistral, qwen or gemma kind.")
+
+
+def similarities(model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, list[float]]:
+    """Of every sublayer, the cosine between the stream before and after it: the mean over the tokens of `data`.
+
+    Raises NarrowsError where a layer does more than add a sublayer to the stream (a multiplier, say): it could not be thinned.
+    """
+    import torch
+
+    from narrows.modules.residual import similarity
+
+    names, layers = _layers(model)
+    if not data:
+        raise NarrowsError("it needs calibration data.", where="llm-drop", remedy="Pass a few batches of text.")
+    chains = [(kind, tuple(n for n in chain if hasattr(layer, n)), layer) for layer in layers for kind, chain in names.items()]
+    total = {kind: [0.0] * len(layers) for kind in names}
+    stream: dict[int, Any] = {}
+
+    def enters(i: int) -> Any:
+        def hook(_: Any, given: Any) -> None:
+            if i and not torch.equal(given[0], stream.pop(i - 1)):
+                raise NarrowsError("its layers do more than add their sublayers to the stream.", where="llm-drop", remedy="It cannot be thinned.")
+            stream[i] = given[0]
+
+        return hook
+
+    def leaves(i: int) -> Any:
+        def hook(_: Any, given: Any, out: Any) -> None:
+            added = out[0] if isinstance(out, tuple) else out
+            total[chains[i][0]][i // len(names)] += float(similarity(stream[i], added)) / len(data)
+            stream[i] = stream[i] + added
+
+        return hook
+
+    handles = []
+    try:
+        for i, (_, chain, layer) in enumerate(chains):
+            handles.append(getattr(layer, chain[0]).register_forward_pre_hook(enters(i)))
+            handles.append(getattr(layer, chain[-1]).register_forward_hook(leaves(i)))
+        with torch.no_grad():
+            for batch in data:
+                stream.clear()
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def drop(model: "torch.nn.Module", lost: Mapping[str, Collection[int]]) -> None:
+    """Take sublayers out of a model in place: `lost` has the layer numbers by kind, which its config then carries.
+
+    Attention that is left is numbered anew, so that the cache begins with its first layer and has no gaps.
+    """
+    from narrows.modules.residual import thin
+
+    names, layers = _layers(model)
+    for i, layer in enumerate(layers):
+        own = {kind: tuple(n for n in chain if hasattr(layer, n)) for kind, chain in names.items()}
+        gone = [kind for kind in names if i in lost.get(kind, ())]
+        if gone:
+            thin(layer, tuple(own[k] for k in gone), tuple(own[k] for k in names if k not in gone))
+    for number, layer in enumerate(la for la in layers if hasattr(la, "self_attn")):
+        layer.self_attn.layer_idx = number
+    config: Any = model.config
+    for kind, field in LISTS.items():
+        setattr(config, field, sorted(lost.get(kind, ())))
+
+
+def restore(model: "torch.nn.Module") -> "torch.nn.Module":
+    """Thin a model that `from_pretrained` has built whole, by the drop lists in its config (none: it is left alone)."""
+    lost = {kind: getattr(model.config, field, None) or [] for kind, field in LISTS.items()}
+    if any(lost.values()):
+        drop(model, lost)
+    return model

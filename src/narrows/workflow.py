@@ -1,0 +1,90 @@
+"""The two jobs that load real models: apply a plan to one, and verify the result beside the original."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from narrows import directory, samples
+from narrows import verify as verifying
+from narrows.capture.torch import from_module
+from narrows.diagnose import Diagnosis, diagnose, seconds
+from narrows.errors import NarrowsError
+from narrows.machine import Machine
+from narrows.plan import Plan
+from narrows.step import Step
+
+if TYPE_CHECKING:
+    import torch
+
+CALIBRATION, HELD_OUT, LENGTH = 16, 8, 256  # batches, batches, tokens: seconds for a 135M model, figures stable to a percent
+
+
+def _prose(text: str | None) -> tuple[str, str]:
+    return (Path(text).name, Path(text).read_text("utf-8", "replace")) if text else samples.text()
+
+
+def _batches(model: "torch.nn.Module", tokenizer: Any, prose: str, held_out: bool) -> verifying.Batches:
+    if tokenizer is None:
+        raise NarrowsError("it has no tokenizer.", where="model", remedy="Use narrows.verify from Python with your own batches.")
+    limit = int(getattr(model.config, "max_position_embeddings", LENGTH))  # type: ignore[union-attr, arg-type]
+    places = samples.token_batches(tokenizer, CALIBRATION + HELD_OUT, min(LENGTH, limit), prose=prose)
+    return places[CALIBRATION:] if held_out else places[:CALIBRATION]
+
+
+def apply(model: str, plan_text: str, out: str, text: str | None, overwrite: bool, tell: Callable[[str], None]) -> Mapping[str, Any]:
+    """Load, check, apply, save: the manifest of the directory that `out` then is. Nothing is written on a refusal."""
+    plan = Plan.parse(plan_text)
+    tell(f"loading {model}")
+    loaded, tokenizer = directory.load(model)
+    tell("checking the plan")
+    step = Step.forward(1, 128)
+    verdict = plan.check(replace(from_module(loaded, step), eager=True), None, step)
+    if not verdict:
+        raise NarrowsError(f"the plan does not apply: {verdict.reason}.", where=model, remedy="`narrows prescribe` lists what does.")  # type: ignore[union-attr]
+    data = _batches(loaded, tokenizer, _prose(text)[1], held_out=False)
+    tell(f"applying {plan}")
+    changed = plan.apply(loaded, data)
+    tell(f"writing {out}")
+    return directory.save(changed, tokenizer, out, plan, source=model, overwrite=overwrite)
+
+
+def verify(before: str, after: str, machine: Machine, text: str | None, quality: str | None, prompt: int, context: int,
+           gate: verifying.Gate, rounds: int, tell: Callable[[str], None]) -> tuple[verifying.Verification, list[Diagnosis]]:  # fmt: skip
+    """Measure `after`, a directory with a plan in it, beside `before`, and the diagnoses of both that were predicted."""
+    import torch
+
+    torch.set_num_threads(1)
+    plan = directory.read_plan(after)
+    if plan is None:
+        raise NarrowsError("it holds no plan.", where=after, remedy="Give a directory that `narrows apply` wrote.")
+    tell("loading both")
+    old, tokenizer = directory.load(before)
+    new, _ = directory.load(after)
+    name, prose = _prose(text)
+    batches = _batches(old, tokenizer, prose, held_out=True)
+    causal = hasattr(old, "lm_head")
+    sizes = {"prefill": Step.prefill(1, prompt), "decode": Step.decode(1, context)} if causal else {"forward": Step.forward(1, prompt)}
+    predicted, diagnoses, weight_bytes = {}, [], 0.0
+    for kind, step in sizes.items():
+        tell(f"predicting {kind}")
+        graph = replace(from_module(old, step, name=before), eager=True)
+        changed = replace(plan.rewrite(graph), name=after)
+        ratios = [float(a) / float(b) for a, b in zip(seconds(graph, machine, step), seconds(changed, machine, step), strict=True)]
+        predicted[kind] = (ratios[0], min(ratios), max(ratios))
+        diagnoses += [diagnose(graph, machine, step), diagnose(changed, machine, step)]
+        weight_bytes = changed.weight_bytes
+    if causal:
+        a, b = (verifying.generation_steps(m, prompt, context) for m in (old, new))
+        steps = {kind: (a[kind], b[kind]) for kind in sizes}
+    else:
+        batch = {key: value[:, :prompt] for key, value in batches[0].items()}
+        steps = {"forward": (lambda: verifying.outputs(old, batch), lambda: verifying.outputs(new, batch))}
+    measure = None
+    if quality:
+        module, _, function = quality.partition(":")
+        import importlib
+
+        measure = (quality, getattr(importlib.import_module(module), function))
+    found = verifying.verify(old, new, batches, plan, predicted, weight_bytes, steps, gate, measure, before, name, rounds, tell)
+    return found, diagnoses
