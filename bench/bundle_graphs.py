@@ -18,7 +18,7 @@ import torch
 from narrows.capture.generalize import generalize
 from narrows.capture.hf import from_diffusers, from_transformers
 from narrows.capture.torch import from_module
-from narrows.graph import Graph, Op, Size
+from narrows.graph import Graph, Op, Size, at
 from narrows.step import Step
 
 MODELS = Path(__file__).parents[1] / "src" / "narrows" / "data" / "models"
@@ -33,8 +33,9 @@ VISION: dict[str, tuple[int, dict[str, Any]]] = {
 DIFFUSION: dict[str, tuple[int, int, str, dict[str, Any]]] = {
     # 675 M in the paper; diffusers gives each of the 28 blocks its own embedding of step and label
     "dit-xl-2": (749_826_464, 256, "float16", {
-        "_class_name": "DiTTransformer2DModel", "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8,
-        "num_layers": 28, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero",
+        "_class_name": "DiTTransformer2DModel", "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4,
+        "out_channels": 8, "num_layers": 28,
+        "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero",
         "norm_elementwise_affine": False, "activation_fn": "gelu-approximate", "attention_bias": True}),
     "flux.1-dev": (11_901_408_320, 1024, "bfloat16", {
         "_class_name": "FluxTransformer2DModel", "attention_head_dim": 128, "guidance_embeds": True, "in_channels": 64,
@@ -45,10 +46,13 @@ DIFFUSION: dict[str, tuple[int, int, str, dict[str, Any]]] = {
         "joint_attention_dim": 4096, "num_attention_heads": 24, "num_layers": 24, "out_channels": 16, "patch_size": 2,
         "pooled_projection_dim": 2048, "pos_embed_max_size": 192, "sample_size": 128}),
     "sdxl-unet": (2_567_463_684, 1024, "float16", {
-        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
         "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048, "in_channels": 4,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "out_channels": 4, "layers_per_block": 2,
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "projection_class_embeddings_input_dim": 2816,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "out_channels": 4,
+        "layers_per_block": 2,
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "projection_class_embeddings_input_dim": 2816,
         "sample_size": 128, "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True}),
 }  # fmt: skip
 QWEN2_VL: dict[str, Any] = {
@@ -84,7 +88,8 @@ def qwen2_vl(name: str, config: Mapping[str, Any]) -> Graph:
     here = "model.visual."
 
     def encoded(op: Op) -> Op:
-        dims = {k: Size.of({"encoded" if t == "sequences" else t: n for t, n in v.terms}) if isinstance(v, Size) else v for k, v in op.dims}
+        sizes = dict(op.dims)
+        dims = {dim: Size.of(encoded=float(at(s, Step.forward(1)))) if isinstance(s, Size) else s for dim, s in sizes.items()}
         return replace(op, name=here + op.name, dims=dims, inputs=tuple(here + i for i in op.inputs))
 
     towers = tuple(encoded(op) for op in vision) + tuple(op for op in text if not op.name.startswith(here))
@@ -113,7 +118,7 @@ def main(names: list[str]) -> int:
             return 1
         text = graph.to_json() + "\n"
         (MODELS / f"{name}.json").write_text(text, encoding="utf-8")
-        print(f"{name}: {graph.parameters:,} parameters, {flop / 1e9:.2f} GFLOP an image, {len(graph.ops)} ops, {len(text) / 1e3:.0f} kB")
+        print(f"{name}: {graph.parameters:,} parameters, {flop / 1e9:.2f} GFLOP, {len(graph.ops)} ops, {len(text) / 1e3:.0f} kB")
     return 0
 
 

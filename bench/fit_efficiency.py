@@ -1,110 +1,207 @@
-"""Fit the fractions of a datasheet's peak that good kernels reach, and write them into the package.
+"""Fit the cost model's constants on one half of published measurements, and write them into the package.
 
-    python bench/fit_efficiency.py [DATA_DIR] [--write]
+    python bench/fit_efficiency.py [DATA_DIR] [--only STAGE ...] [--write]
 
-Reads `kernels_and_decode_measured.csv`. Every second row of each series is fitted, the rest is reported: the error
-of the fitted fraction there, beside a null model (one constant rate for the whole series) and how often the 80 %
-interval holds.
+Each stage fits a few constants of one class of kernel or engine on the configurations whose hash is even (`half`), with
+the constants of earlier stages held. The residuals of the same rows give the 80 % intervals. `narrows validate` reports
+on the rest; the rows used here are listed in `data/fitted_rows.txt`, so that they are never judged.
 """
 
 import csv
-import re
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import minimize
 
-from narrows.capture import bundled, capture
-from narrows.cost import tile_use, total
-from narrows.machine import Machine, machine
-from narrows.step import Step
+from narrows import costmodel
+from narrows.costmodel import fitted, generation
+from narrows.errors import NarrowsError
+from narrows.measured import kernels
+from narrows.measured.table import Forecast, Row, fingerprint, half, hardware
 
-MACHINES = {"A100": "a100-80gb", "MI210": "mi210", "H100": "h100-sxm", "H200": "h200"}
-TARGET = Path(__file__).parents[1] / "src" / "narrows" / "data" / "efficiency.toml"
-
-
-def machine_of(row: dict[str, str]) -> Machine | None:
-    name = next((n for key, n in MACHINES.items() if row["hardware"].startswith(key)), None)
-    return machine(name) if name else None
+DATA = Path(__file__).parents[1] / "src" / "narrows" / "data"
+Forecaster = Callable[[Row], list[Forecast]]
 
 
-def matmul(rows: list[dict[str, str]]) -> Iterator[tuple[float, float]]:
-    """(fraction of what the tiles allow, seconds) of products that the roofline says are bound by arithmetic."""
+@dataclass(frozen=True)
+class Stage:
+    """Constants `table.name` (with their first guess) that rows of a kind are to fit.
+
+    `names` of forecasts count; `classes` get the residuals as their interval, `keys` too.
+    """
+
+    name: str
+    table: str
+    first: dict[str, float]
+    rows: Callable[[Row], bool]
+    forecast: Forecaster
+    names: tuple[str, ...]
+    spread: tuple[str, ...] = ()
+    steps: int = 250
+    most: int = 0  # at most so many rows, evenly drawn
+
+
+def configuration(row: Row) -> tuple[str, ...]:
+    """All of a row that is not a result: repeats of one configuration fall into the same half."""
+    results = ("value", "silicon_ttft_ms", "silicon_tpot_ms", "peak_power", "average_power", "prompt_time", "token_time", "e2e_time")
+    return tuple(v for k, v in row.items() if k not in results)
+
+
+def at(family: str, *words: str) -> Callable[[Row], bool]:
+    """Rows of one generation of hardware whose model starts with one of the words."""
+
+    def wanted(row: Row) -> bool:
+        return row.get("model", "").startswith(words) and generation(hardware(row["hardware"]).name) == family
+
+    return wanted
+
+
+def collective(over: str) -> Callable[[Row], bool]:
+    def wanted(row: Row) -> bool:
+        if row.get("phase") != "collective" or (row["model"] == "alltoall" and row["dtype"] == "float"):
+            return False  # the float all-to-all rows hold start-up outliers of up to 1,600 us
+        many = "nodes=1" not in row["note"]
+        return over == ("ethernet" if many else "pcie" if "PCIE" in row["hardware"] else "nvlink")
+
+    return wanted
+
+
+def stages() -> list[Stage]:
+    k = kernels.forecast
+    found = []
+    for family in ("ampere", "cdna2"):
+        found += [
+            Stage(f"gemm {family}", family, {"matmul": 0.85, "memory": 0.8, "call-gemm": 20.0}, at(family, "GEMM"), k, ("gemm",), ("matmul",)),
+            Stage(f"softmax {family}", family, {"memory-softmax": 0.5, "call-softmax": 13.0}, at(family, "softmax"), k, ("pointwise",)),
+            Stage(f"layernorm {family}", family, {"memory-norm": 0.7, "call-layernorm": 25.0, "call_least-layernorm": 50.0},
+                  at(family, "layernorm"), k, ("pointwise",), ("memory-norm",)),
+            Stage(f"gelu {family}", family, {"memory-pointwise": 0.75, "call-gelu": 30.0, "call_least-gelu": 45.0},
+                  at(family, "gelu"), k, ("pointwise",), ("memory-pointwise",)),
+        ]  # fmt: skip
+    found.append(Stage("attention hopper", "hopper",
+                       {"attention": 0.8, "attention-flash2": 0.4, "attention-cudnn": 0.6, "attention-triton": 0.5, "attention-flash3": 0.75,
+                        "attention_head": 30.0, "attention_keys": 150.0},
+                       lambda r: r.get("phase") == "operator" and at("hopper", "Flash", "cuDNN", "Triton")(r), k, ("attention",), ("attention",), 900))  # fmt: skip
+    found.append(Stage("nvlink", "gpu", {"link": 0.95, "link_base": 3.0, "link_hop": 0.6, "link_ramp": 2e7}, collective("nvlink"), k, ("collectives",), ("link",)))
+    for over, bandwidth in (("pcie", 6.0), ("ethernet", 1.0)):
+        found.append(Stage(over, "gpu", {f"wire-{over}": bandwidth, f"link_base-{over}": 3.0, f"link_hop-{over}": 1.0, f"link_ramp-{over}": 1e5},
+                           collective(over), k, ("collectives",)))  # fmt: skip
+    found.append(Stage("decode", "ampere", {"memory-bf16": 0.8, "memory-int8": 0.65, "memory-int4": 0.55, "kernel": 2.0, "link_base": 3.0},
+                       lambda r: r.get("phase") in ("decode", "prefill", "offline_max") and "A100" in r["hardware"], k, ("decode",), ("memory",), 200))  # fmt: skip
+    return found
+
+
+def put(table: str, name: str, value: float, **more: object) -> None:
+    """Set a constant for the runs that follow."""
+    entry = fitted().setdefault(table, {})
+    entry[name] = {**entry.get(name, {}), "median": value, "low": value, "high": value, **more}
+    costmodel.forget()
+
+
+def ratios(rows: Sequence[Row], stage: Stage) -> np.ndarray:
+    """Predicted over measured of every forecast that counts."""
+    found = []
     for row in rows:
-        shape = re.fullmatch(r"GEMM M=(\d+) N=(\d+) K=(\d+)", row["model"])
-        here = machine_of(row)
-        if not shape or here is None:
-            continue
-        m, n, k = map(int, shape.groups())
-        seconds = float(row["value"]) * 1e-3 - here.kernel_seconds
-        ideal = 2 * m * n * k / here.peak("fp16") / float(tile_use(m, n, 1, here))
-        if ideal > 2 * (m * k + n * k + m * n) * 2 / here.memory.bandwidth_bytes_per_s:
-            yield ideal / seconds, float(row["value"]) * 1e-3
+        try:
+            found += [f.predicted / f.measured for f in stage.forecast(row) if f.name in stage.names]
+        except NarrowsError:
+            continue  # validate lists it with its reason
+    return np.array(found)
 
 
-def attention(rows: list[dict[str, str]]) -> Iterator[tuple[float, float]]:
-    for row in rows:
-        here = machine_of(row)
-        if row["metric"] == "throughput" and row["unit"] == "TFLOP/s" and "ttention" in row["model"] and "Triton" not in row["model"] and here:
-            yield float(row["value"]) * 1e12 / here.peak("fp16"), 1.0
+def solve(stage: Stage, rows: list[Row]) -> np.ndarray:
+    """Minimise the mean |log ratio| of a stage's rows over its constants; what they are is left in `fitted()`."""
+    names, first = list(stage.first), np.log(list(stage.first.values()))
+
+    def loss(point: np.ndarray) -> float:
+        for name, value in zip(names, point, strict=True):
+            put(stage.table, name, float(np.exp(value)))
+        found = np.log(ratios(rows, stage))
+        return float(np.mean(np.minimum(np.abs(found), 1.5))) + 0.003 * float(np.mean((point - first) ** 2))
+
+    best = minimize(loss, first, method="Nelder-Mead", options={"maxfev": stage.steps, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": _simplex(first)})
+    loss(best.x)
+    return ratios(rows, stage)
 
 
-def memory(rows: list[dict[str, str]]) -> Iterator[tuple[float, float]]:
-    """Weight streams of batch-1 decoding on one device: the bandwidth its authors reach, without the kernels' fixed time."""
-    for row in rows:
-        found = re.search(r"achieved HBM bandwidth ([\d.]+) GB/s", row["note"])
-        here, name = machine_of(row), row["model"].lower()
-        if found and here and row["n_devices"] == "1" and name in bundled():
-            step = Step.decode(1, int(row["output"]) // 2)
-            fixed = float(total(capture(name), step).launches) * here.kernel_seconds
-            seconds = 1 / float(row["value"])
-            yield float(found[1]) * 1e9 / here.memory.bandwidth_bytes_per_s * seconds / (seconds - fixed), seconds
-
-
-def link(rows: list[dict[str, str]]) -> Iterator[tuple[float, float]]:
-    """All-reduces of at least 16 MB in one node, as a ring over the scale-up link."""
-    for row in rows:
-        size = re.fullmatch(r"([\d.]+) ([KMG])B", row["prompt"])
-        here = machine_of(row)
-        if row["model"] != "all_reduce" or not size or here is None or here.link is None or row["note"] != "nodes=1":
-            continue
-        count, ranks = float(size[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[size[2]], int(row["n_devices"])
-        seconds = float(row["value"]) * 1e-6
-        if count >= 16e6:
-            sent = 2 * count * (ranks - 1) / ranks
-            yield sent / here.link.bandwidth_bytes_per_s / (seconds - 2 * (ranks - 1) * here.link.latency_seconds), seconds
-
-
-SERIES: dict[str, Callable[[list[dict[str, str]]], Iterator[tuple[float, float]]]] = {
-    "matmul": matmul, "attention": attention, "memory": memory, "link": link}  # fmt: skip
+def _simplex(first: np.ndarray) -> np.ndarray:
+    return np.vstack([first, *(first + 0.25 * np.eye(len(first))[i] for i in range(len(first)))])
 
 
 def main() -> None:
+    """Fit all stages (or --only some), print fit and held error, and write with --write."""
     places = [a for a in sys.argv[1:] if not a.startswith("-")]
-    folder = Path(places[0]) if places else Path(__file__).parents[2] / "shared" / "data"
-    with (folder / "kernels_and_decode_measured.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    out = ["# Fractions of the datasheet's peak that good kernels reach: median, and the 10 % and 90 % quantile.",
-           "# Written by bench/fit_efficiency.py; `any` holds where nothing was measured, as an assumption.", ""]  # fmt: skip
-    out += ["[gpu]"]
-    print(f"{'series':<10} {'fitted':>6} {'held':>5} {'median':>7} {'80 % interval':>15} {'MAPE':>6} {'null':>6} {'covered':>8}")
-    for name, read in SERIES.items():
-        found = np.array([fraction for fraction, _ in read(rows)])
-        fit, held = found[::2], found[1::2]
-        low, median, high = np.quantile(fit, (0.1, 0.5, 0.9))
-        mape = np.mean(np.abs(held / median - 1))  # predicted seconds over measured is measured fraction over fitted
-        null = np.mean(np.abs(held / np.mean(fit) - 1))
-        covered = np.mean((held >= low) & (held <= high))
-        print(f"{name:<10} {len(fit):>6} {len(held):>5} {median:>7.3f} {low:>7.3f}-{high:<7.3f} {mape:>6.1%} {null:>6.1%} {covered:>8.0%}")
-        out.append(f"{name} = {{ median = {median:.3f}, low = {low:.3f}, high = {high:.3f}, rows = {len(fit)} }}")
-    out += ["vector = { median = 0.7, low = 0.5, high = 0.9 }  # assumption: pointwise arithmetic is almost never the limit", "",
-            "[any]  # assumptions",
-            *(f"{k} = {{ median = {a}, low = {b}, high = {c} }}" for k, a, b, c in
-              (("matmul", 0.7, 0.5, 0.85), ("attention", 0.5, 0.3, 0.7), ("vector", 0.7, 0.5, 0.9), ("memory", 0.8, 0.65, 0.92), ("link", 0.75, 0.5, 0.9))), ""]  # fmt: skip
+    only = sys.argv[sys.argv.index("--only") + 1 :] if "--only" in sys.argv else []
+    only = [o for o in only if not o.startswith("-")]
+    folder = Path(places[0]) if places and places[0] not in only else Path(__file__).parents[2] / "shared" / "data"
+    tables = {}
+    for file in sorted(folder.glob("*.csv")):
+        with file.open(newline="", encoding="utf-8") as opened:
+            tables[file.stem] = list(csv.DictReader(opened))
+    everything = [row for rows in tables.values() for row in rows]
+    print(f"{'stage':<22} {'fit':>4} {'MAPE':>6} {'held':>5} {'MAPE':>6}   constants")
+    for stage in stages():
+        if only and not any(stage.name.startswith(o) for o in only):
+            continue
+        begun = time.monotonic()
+        wanted = [row for row in everything if _is(stage, row)]
+        fit = [row for row in wanted if half(*configuration(row)) == 0]
+        held = [row for row in wanted if half(*configuration(row)) == 1]
+        found = solve(stage, fit[:: max(1, len(fit) // stage.most)] if stage.most else fit)
+        out = ratios(held, stage)
+        low, high = np.quantile(1 / found, (0.1, 0.9))  # measured over predicted
+        for name in stage.first:
+            value = fitted()[stage.table][name]["median"]
+            wide = (min(1.0, 1 / high), max(1.0, 1 / low)) if name in stage.spread else (1.0, 1.0)
+            put(stage.table, name, value)
+            fitted()[stage.table][name].update(low=value * wide[0], high=value * wide[1], rows=len(found), data=stage.name)
+        costmodel.forget()
+        shown = ", ".join(f"{n}={fitted()[stage.table][n]['median']:.3g}" for n in stage.first)
+        print(f"{stage.name:<22} {len(found):>4} {np.mean(np.abs(found - 1)):>6.1%} {len(out):>5} {np.mean(np.abs(out - 1)):>6.1%}   {shown}  [{time.monotonic() - begun:.0f} s]", flush=True)
     if "--write" in sys.argv:
-        TARGET.write_text("\n".join(out))
-        print(f"wrote {TARGET}")
+        write(tables)
+
+
+def _is(stage: Stage, row: Row) -> bool:
+    try:
+        return stage.rows(row)
+    except (NarrowsError, KeyError):
+        return False
+
+
+HEADER = """\
+# Constants of the cost model: a fraction of the datasheet's peak that kernels reach, unless the name says otherwise.
+# Written by bench/fit_efficiency.py, which fits them on the configurations whose hash is even; `narrows validate`
+# reports on the others. `rows` measurements of `data` stand behind a constant; one without `rows` is an assumption.
+#   median, low, high     the constant, and its 10 % and 90 % quantile
+#   attention_head, _keys numbers: sizes at which fused attention reaches half its speed
+#   kernel, launch        factors on a machine's kernel_seconds and launch_seconds
+#   link_base, _hop       factors on a link's latency: once per collective, and per hop;  link_ramp: bytes
+#   call-*, call_least-*  microseconds around, and at least for, a kernel that is timed from Python
+#   wire-*                GB/s that a link not described by a machine delivers
+"""
+
+
+def write(tables: dict[str, list[Row]]) -> None:
+    """Write the constants, and the fingerprints of every row in the fitted half."""
+    lines = [HEADER]
+    for table, entries in fitted().items():
+        lines.append(f"[{table}]")
+        for name, entry in entries.items():
+            if isinstance(entry, list):
+                lines.append(f"{name} = [{', '.join(chr(34) + str(v) + chr(34) for v in entry)}]")
+            else:
+                cells = ", ".join(f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" if isinstance(v, int) else f'{k} = "{v}"' for k, v in entry.items())
+                lines.append(f"{name} = {{ {cells} }}")
+        lines.append("")
+    (DATA / "efficiency.toml").write_text("\n".join(lines))
+    known = sorted({fingerprint(row) for rows in tables.values() for row in rows if half(*configuration(row)) == 0})
+    (DATA / "fitted_rows.txt").write_text("\n".join(known) + "\n")
+    print(f"wrote {DATA / 'efficiency.toml'} and {len(known)} fingerprints")
 
 
 if __name__ == "__main__":

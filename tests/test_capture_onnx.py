@@ -184,8 +184,8 @@ def attention_nodes(past: bool) -> tuple[list[Any], list[Any]]:
         nodes += [
             node("Unsqueeze", f"{made} two", f"{n}5"),
             node("Shape", f"{n}5", f"{n}s"),
-            node("Mul", f"{n}s by", f"{n}t"),
-            node("Expand", f"{n}5 {n}t", f"{n}6"),
+            node("Mul", f"{n}s by", f"{n}r"),
+            node("Expand", f"{n}5 {n}r", f"{n}6"),
             node("Reshape", f"{n}6 wide", f"{n}7"),
         ]
     stored += [
@@ -569,3 +569,12 @@ def test_einsum_is_the_product_it_spells(save: Save) -> None:
     (linear, act) = from_onnx(save(nodes, {"x": ["batch", "sequence", 64]}, [weight("w", 4, 64, 32)]))
     assert matrix_flop(Graph("g", (linear,)), Step.forward(2, 5)) == 2 * 10 * 64 * 4 * 32 and linear.parameters == 4 * 64 * 32
     assert act["elements"] == Size.of(tokens=128)
+
+
+def test_the_standard_attention_operator(save: Save) -> None:
+    nodes = [node("Attention", "q k v _ past_k past_v", "y present_k present_v", "/attn/Attention", is_causal=1)]
+    new, old = ["batch", 2, "sequence", 16], ["batch", 2, "past_sequence_length", 16]
+    inputs = {"q": ["batch", 8, "sequence", 16], "k": new, "v": new, "past_k": old, "past_v": old}
+    (op,) = from_onnx(save(nodes, inputs, [], opset=23))
+    assert (op.name, op["heads"], op["kv_heads"], op.cache) == ("attn", 8, 2, FP32)
+    assert (op["pairs"], op["context"], op["held"]) == (Size.of(pairs=1), Size.of(context=1), Size.of(held=1))

@@ -99,14 +99,15 @@ def test_mlp_is_its_two_products() -> None:
 
 
 def test_cnn_counts_positions_groups_and_batch_norm() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16))
+    first, last = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 16, 3, groups=16)
+    model = nn.Sequential(first, nn.BatchNorm2d(16), nn.ReLU(), last)
     graph = from_module(model, Step.forward(2))
     assert graph.parameters == owned(model)
     assert matrix_flop(graph, Step.forward(2)) == 2 * 2 * (112 * 112 * 3 * 16 * 9 + 110 * 110 * 16 * 9)
     assert dict(the(graph, "norm").dims) == {"rows": 2 * 112 * 112, "width": 16, "weights": 2, "flop_per_element": 4.0}
 
 
-@pytest.mark.parametrize("step", [Step.forward(2, 48), Step.prefill(2, 48), Step.decode(3, 47)], ids=["forward", "prefill", "decode"])
+@pytest.mark.parametrize("step", [Step.forward(2, 48), Step.prefill(2, 48), Step.decode(3, 47)], ids=lambda s: s.phase)
 def test_llama_in_closed_form(step: Step) -> None:
     model = llama()
     graph = from_module(model, step)
@@ -139,6 +140,21 @@ def test_layers_fold_into_one_op_each() -> None:
     norm = next(op for op in graph if op.name == "model.layers.*.input_layernorm")
     assert norm.kind == "norm" and norm["width"] == 256 and norm.repeat == 3
     assert set(norm.inputs) == {"model.embed_tokens", "model.layers.*.add_2"}
+
+
+def test_transposed_convolution_multiplies_once_per_input_position() -> None:
+    model = nn.ConvTranspose2d(3, 8, 2, stride=2)
+    graph = from_module(model, Step.forward(2), torch.empty(2, 3, 10, 10))
+    assert graph.parameters == owned(model)
+    assert matrix_flop(graph, Step.forward(2)) == 2 * 2 * 100 * 3 * 8 * 4
+
+
+def test_a_trace_is_the_same_every_time_and_tells_how_to_cut_it() -> None:
+    one, two = (from_module(llama(), Step.prefill(2, 33)) for _ in range(2))
+    assert one.to_json() == two.to_json()
+    cut = {op.name.rpartition(".")[2]: op.split for op in one if op.split}
+    assert cut["q_proj"] == cut["up_proj"] == "column" and cut["o_proj"] == cut["down_proj"] == "row"
+    assert (cut["attention"], cut["embed_tokens"], cut["lm_head"]) == ("heads", "vocabulary", "vocabulary")
 
 
 def test_encoder_and_vision_transformer_see_all_pairs() -> None:
@@ -179,8 +195,9 @@ def test_experts_are_one_op_per_matrix() -> None:
 
 def test_state_space_models_are_scans() -> None:
     transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(hidden_size=128, num_hidden_layers=2, vocab_size=500)
     with torch.device("meta"):
-        model = transformers.MambaForCausalLM._from_config(transformers.MambaConfig(hidden_size=128, num_hidden_layers=2, vocab_size=500))
+        model = transformers.MambaForCausalLM._from_config(config)
     graph = from_module(model, Step.decode(3, 5000))  # far too long to loop over
     scan = the(graph, "scan")
     assert graph.parameters == owned(model)
@@ -199,8 +216,9 @@ def test_parameters_without_use_and_with_two_are_counted_once() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.head, self.unused = nn.Embedding(50, 16), nn.Linear(16, 50, bias=True), nn.Parameter(torch.zeros(7, 3))
+            self.words, self.head = nn.Embedding(50, 16), nn.Linear(16, 50, bias=True)
             self.head.weight = self.words.weight
+            self.unused = nn.Parameter(torch.zeros(7, 3))
 
         def forward(self, ids: Tensor) -> Tensor:
             return self.head(self.words(ids))
@@ -320,7 +338,8 @@ def test_a_custom_operator_has_its_own_reading(monkeypatch: pytest.MonkeyPatch) 
 
     twice.register_fake(torch.empty_like)
     monkeypatch.setitem(CUSTOM, "narrows_test::twice", lambda args, kwargs, out: {
-        "kind": "linear", "dims": {"rows": args[0].shape[0], "inputs": 8, "outputs": 8}, "act": FP32, "weight": DType("int8", 8)})  # fmt: skip
+        "kind": "linear", "dims": {"rows": args[0].shape[0], "inputs": 8, "outputs": 8}, "act": FP32,
+        "weight": DType("int8", 8)})  # fmt: skip
 
     class Twice(nn.Module):
         def forward(self, x: Tensor) -> Any:
@@ -356,14 +375,17 @@ def test_any_transformers_config_is_captured() -> None:
     for step in (Step.prefill(2, 300), Step.decode(3, 1000), Step.decode(3, 20)):
         assert matrix_flop(traced, step) == matrix_flop(read, step)
     assert traced.parameters == read.parameters
-    with pytest.raises(NarrowsError, match="model_type.*mistral"):
+    with pytest.raises(NarrowsError, match=r"model_type.*mistral"):
         from_transformers({"model_type": "mistrall"}, "m")
-    with pytest.raises(NarrowsError, match="config.json"):
+    with pytest.raises(NarrowsError, match=r"num_hidden_layers: 1000000000"):
+        from_transformers({**config, "num_hidden_layers": 10**9}, "m")
+    with pytest.raises(NarrowsError, match=r"config\.json"):
         from_transformers({**config, "hidden_act": "soft"}, "m")
 
 
 @pytest.mark.parametrize(("name", "parameters", "gflop"), [
-    ("resnet-50", 25_557_032, 8.178), ("convnext-t", 28_589_128, 8.91), ("swin-t", 28_288_354, 8.98), ("dit-xl-2", 749_826_464, 237.3),
+    ("resnet-50", 25_557_032, 8.178), ("convnext-t", 28_589_128, 8.91), ("swin-t", 28_288_354, 8.98),
+    ("dit-xl-2", 749_826_464, 237.3),
     ("flux.1-dev", 11_901_408_320, None), ("sd3-medium", 2_028_328_000, None), ("sdxl-unet", 2_567_463_684, None),
     ("qwen2-vl-7b", 8_291_375_616, None),
 ])  # fmt: skip
@@ -383,7 +405,7 @@ class Breaks(nn.Module):
 
 
 @pytest.mark.parametrize(("make", "said"), [
-    (lambda: (nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"inner": Breaks()})["inner"]), Step.forward(1)), r"Sequential: 1: .*meta"),
+    (lambda: (nn.Sequential(nn.Linear(4, 4), Breaks()), Step.forward(1)), r"Sequential: 1: .*meta"),
     (lambda: (nn.Sequential(nn.Linear(4, 8), nn.Linear(4, 4)), Step.forward(1)), r"Sequential: 1: .*inputs"),
     (lambda: (nn.Identity(), Step.forward(1)), "inputs="),
     (lambda: (nn.Linear(4, 4), Step.forward([1, 2], [3, 4])), "one batch"),

@@ -12,8 +12,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A module imports only from layers above it, or from its own.
 LAYERS = [
-    {"errors"}, {"units", "figures", "kinds"}, {"step", "machine", "papers"}, {"graph"}, {"backward", "parallel"}, {"cost", "footprint"},
-    {"capture", "technique", "samples"}, {"diagnose", "modules", "formats"}, {"techniques", "free"}, {"plan", "claims", "experiments", "directory"},
+    {"errors"}, {"units", "figures", "kinds", "staging"}, {"step", "machine", "papers"}, {"graph"}, {"backward", "parallel"}, {"cost", "costmodel", "footprint"},
+    {"capture", "technique", "samples", "headers"}, {"diagnose", "modules", "formats"}, {"techniques", "free"}, {"plan", "claims", "experiments", "directory"},
     {"prescribe", "verify", "calibrate"}, {"workflow", "doctor"}, {"report"}, {"cli", "docs", "__main__"},
 ]  # fmt: skip
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from narrows.backward import gradient_exchange, training
 from narrows.capture import bundled, capture
-from narrows.cost import CAUSES, cost, op_time, tile_use, total
+from narrows.cost import CAUSES, cost, total
+from narrows.costmodel import op_time, tile_use
 from narrows.diagnose import as_json, diagnose, seconds
 from narrows.footprint import footprint
 from narrows.graph import Graph

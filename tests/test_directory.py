@@ -145,6 +145,67 @@ def test_a_changed_structure_is_built_again_from_the_plan(tmp_path: Path, monkey
     assert digest(tmp_path / "out")["model.safetensors"] == digest(tmp_path / "once more")["model.safetensors"]
 
 
+@dataclass(frozen=True)
+class Packed(Halved):
+    """All linear layers of the MLPs in 4 bits."""
+
+    card: ClassVar[Card] = Card("toy-packed", (), (), exact=False, claims=(), stage=Stage.QUANTIZE)
+
+    def _each(self, model: Any, make: Any) -> Any:
+        from narrows.modules.packed_linear import int4
+
+        for name, linear in list(model.named_modules()):
+            if ".mlp." in name and isinstance(linear, torch.nn.Linear):
+                model.set_submodule(name, make(linear, int4(32)))
+        return model
+
+    def apply(self, model: Any, data: Sequence[Mapping[str, Any]] = ()) -> Any:
+        from narrows.modules.packed_linear import PackedLinear, quantized
+
+        return self._each(model, lambda linear, form: PackedLinear.of(quantized(linear.weight, form)))
+
+    def restructure(self, model: Any) -> Any:
+        from narrows.modules.packed_linear import PackedLinear
+
+        return self._each(model, lambda linear, form: PackedLinear(linear.in_features, linear.out_features, form))
+
+
+def swapped(name: str, tensor: Any) -> Any:
+    return tensor >> 4 | tensor << 4 if "packed" in name else tensor
+
+
+class SwappedNibbles:
+    """A stand-in for a file format: other names, other bytes, and a note for other programs."""
+
+    @staticmethod
+    def to_state(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        swap = {n.replace("packed", "file_packed"): swapped(n, t) for n, t in model.state_dict().items()}
+        return swap, {"quantization_config": {"quant_method": "of another program"}}
+
+    @staticmethod
+    def from_state(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+        assert config["quantization_config"] == {"quant_method": "of another program"}
+        return {n.replace("file_packed", "packed"): swapped(n, t) for n, t in tensors.items()}
+
+
+def test_packed_layers_are_stored_in_a_format_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FREE, "toy-halved", Halved)
+    monkeypatch.setitem(FREE, "toy-packed", Packed)
+    monkeypatch.setitem(sys.modules, "narrows.formats", SwappedNibbles)
+    plan = Plan((Packed(), Halved()))
+    model = plan.apply(tiny())
+    model.generation_config.max_new_tokens = 7
+    save(model, None, tmp_path / "out", plan)
+    stored = {n: t.dtype for n, t in headers(tmp_path / "out").items() if "layers.0.mlp.down_proj" in n}
+    assert stored == {"model.layers.0.mlp.down_proj.file_packed": "U8", "model.layers.0.mlp.down_proj.scales": "I16"}
+    assert "quant_method" in (tmp_path / "out" / "config.json").read_text()
+    again, _ = load(tmp_path / "out")
+    assert torch.equal(model(IDS).logits, again(IDS).logits)
+    assert again.generation_config.max_new_tokens == 7 and not hasattr(again.config, "quantization_config")
+    save(again, None, tmp_path / "once more", plan)
+    assert digest(tmp_path / "out")["model.safetensors"] == digest(tmp_path / "once more")["model.safetensors"]
+
+
 def test_a_structure_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     model = Halved().apply(tiny())
     with pytest.raises(NarrowsError, match=r"q_proj.*restructure"):
@@ -350,7 +411,7 @@ def test_a_hostile_manifest_reads_nothing_outside(tmp_path: Path) -> None:
     save(tiny(), None, tmp_path / "out", Plan())
     good = Manifest.read(tmp_path / "out")
     assert good is not None
-    for name in ("../secret", "/etc/passwd"):
+    for name in ("../secret", "/etc/passwd", "\ud800"):
         files = {name: next(iter(good.files.values()))}
         (tmp_path / "out" / "narrows.json").write_text(Manifest("", "", "", files).to_json())
         assert "leaves the directory" in verify_manifest(tmp_path / "out")[0]
@@ -489,7 +550,9 @@ def test_gguf_headers(tmp_path: Path) -> None:
 # ---- what is refused before transformers is called
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "sub/../../x.safetensors", "link.safetensors", "", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "sub/../../x.safetensors", "link.safetensors", "", "a\0b", "\ud800"]
+)
 def test_an_index_stays_in_its_directory(name: str, copy: Path) -> None:
     (copy / "model.safetensors").rename(copy.parent / "x.safetensors")
     (copy / "link.safetensors").symlink_to(copy.parent / "x.safetensors")

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from narrows.backward import training
-from narrows.cost import CAUSES, Cost, Limit, OpTime, cost, op_time
+from narrows.cost import CAUSES, Cost, Limit, cost
+from narrows.costmodel import OpTime, op_time
 from narrows.errors import NarrowsError
 from narrows.footprint import Footprint, footprint
 from narrows.graph import Graph, Op
@@ -67,7 +69,7 @@ class Diagnosis:
     what_if: dict[Limit, tuple[float, float]]
     notes: tuple[str, ...]
 
-    @property
+    @cached_property
     def ledger(self) -> dict[str, float]:
         """Seconds by cause, largest first; their sum is `seconds`."""
         found: dict[str, list[float]] = {}
@@ -76,7 +78,7 @@ class Diagnosis:
                 found.setdefault(cause, []).append(seconds)
         return dict(sorted(((c, math.fsum(s)) for c, s in found.items()), key=lambda item: -item[1]))
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         return math.fsum(self.ledger.values())
 

@@ -15,8 +15,10 @@ which does to a blank model (parameters on `meta`, no data) what `apply` does to
 names, same shapes and dtypes. Whatever it cannot derive from its own fields and the shapes (which sublayers calibration
 chose, a rank per layer) `apply` leaves in `model.config` as plain JSON. `load` builds the architecture, lets each step of
 the plan restructure it in order, and fills it from the files; a tensor too few or too many is an error. `save` tries
-this on a blank model before it writes anything, so that nothing is written that cannot be read back. Number formats that
-other programs read, too, are laid out by `narrows.formats` (`to_state`, `from_state`); the tree is still `restructure`'s.
+this on a blank model before it writes anything, so that nothing is written that cannot be read back.
+
+**Packed weights.** `PackedLinear` keeps what this machine's kernels like; files hold what other programs read, too. For a
+model with packed layers `narrows.formats` translates between the two, all tensors at a time (see `Formats`).
 """
 
 import hashlib
@@ -26,9 +28,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from narrows import samples
 from narrows.claims import versions
@@ -50,6 +53,16 @@ _LAYER_COUNTS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
 )  # fmt: skip
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+class Formats(Protocol):
+    """What this module asks of `narrows.formats`."""
+
+    def to_state(self, model: "torch.nn.Module") -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
+        """All tensors of a model as the file holds them, and what to set in config.json (its `quantization_config`)."""
+
+    def from_state(self, tensors: dict[str, "torch.Tensor"], config: dict[str, Any]) -> dict[str, "torch.Tensor"]:
+        """The state_dict of that model again, from a file's tensors and its config.json."""
 
 
 class Stored(NamedTuple):
@@ -90,7 +103,8 @@ class Manifest:
         try:
             files = {name: Stored(**entry) for name, entry in found["files"].items()}
             manifest = cls(found["plan"], found["source"], found["versions"], files)
-            intact = manifest.to_json().encode() == path.read_bytes()
+            texts = all(isinstance(t, str) for t in (manifest.plan, manifest.source, manifest.versions))
+            intact = texts and manifest.to_json().encode() == path.read_bytes()
         except (KeyError, TypeError, AttributeError) as error:
             raise damaged(path, "", f"is not a manifest ({error!r})") from error
         if not intact:
@@ -279,14 +293,42 @@ def _changed(kind: Any, plan: Plan | None, where: Path | str, stored_bytes: int 
     return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
 
 
+def _blank(changed: Any, config: Any) -> "torch.nn.Module":
+    """A model without memory, to look at."""
+    import torch
+
+    with torch.device("meta"):
+        return changed(deepcopy(config))  # type: ignore[no-any-return]
+
+
+def _formats(model: "torch.nn.Module") -> Formats | None:
+    """What translates the packed layers of a model, None where it has none."""
+    from narrows.modules.packed_linear import PackedLinear
+
+    packed = any(isinstance(module, PackedLinear) for module in model.modules())
+    return cast(Formats, import_module("narrows.formats")) if packed else None
+
+
 def _load_directory(directory: Path, dtype: str, tensors: Mapping[str, TensorInfo], plan: Plan | None) -> "torch.nn.Module":
     import torch
+    from safetensors.torch import load_file
 
     kind = _architecture(directory)
     config = kind.config_class.from_pretrained(directory, local_files_only=True)
-    model, found = _changed(kind, plan, directory, sum(t.end - t.begin for t in tensors.values())).from_pretrained(
-        directory, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), local_files_only=True,
-        trust_remote_code=False, use_safetensors=True, output_loading_info=True)  # fmt: skip
+    changed = _changed(kind, plan, directory, sum(t.end - t.begin for t in tensors.values()))
+    options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False}
+    formats = _formats(_blank(changed, config)) if plan is not None else None
+    if formats:
+        stored = {name: t for file in {t.file for t in tensors.values()} for name, t in load_file(file).items()}
+        del config.quantization_config  # for other programs; here the plan has made the layers already
+        state = formats.from_state(stored, read_json(directory / "config.json"))
+        model, found = changed.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
+        if model.can_generate() and (directory / "generation_config.json").exists():
+            model.generation_config = type(model.generation_config).from_pretrained(directory, local_files_only=True)
+    else:
+        model, found = changed.from_pretrained(
+            directory, config=config, use_safetensors=True, output_loading_info=True, **options
+        )
     model.__class__ = kind
     # transformers drops what older files hold beyond the architecture; of a directory of our own nothing may be left over
     extra = found["unexpected_keys"] if plan is not None else ()
@@ -318,7 +360,11 @@ def save(
     if not hasattr(model, "hf_quantizer"):  # the layers of a format that transformers itself reads are its own to restore
         _check_returns(model, plan)
     with replacing(out, overwrite, "config.json") as staging, _offline():
-        model.save_pretrained(staging)
+        formats = _formats(model)
+        tensors, changes = formats.to_state(model) if formats else (None, {})
+        model.save_pretrained(staging, state_dict=tensors)
+        if changes:
+            (staging / "config.json").write_text(json.dumps({**read_json(staging / "config.json"), **changes}, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         files = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
@@ -330,10 +376,7 @@ def save(
 
 def _check_returns(model: Any, plan: Plan) -> None:
     """Raise where `load` could not build this model again from its config and the plan."""
-    import torch
-
-    with torch.device("meta"):
-        blank = _changed(type(model), plan, type(model).__name__)(deepcopy(model.config))
+    blank = _blank(_changed(type(model), plan, type(model).__name__), model.config)
     ours, theirs = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, blank))
     odd = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
     if odd:

@@ -212,12 +212,15 @@ def _read_gguf(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, TensorI
 
 def inside(directory: Path, name: str, where: Path) -> Path:
     """The file of that name, which must be in the directory; a link of the Hugging Face cache (into `blobs`) counts as in it."""
-    path, root = directory / name, Path(os.path.realpath(directory))
-    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    plain = name and not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
-    if not plain or not any(Path(os.path.realpath(path)).is_relative_to(home) for home in (root, cache)):
+    root = Path(os.path.realpath(directory))
+    homes = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
+    try:
+        place = Path(os.path.realpath(directory / name))
+    except ValueError:  # no file can have this name
+        place = Path()
+    if Path(name).is_absolute() or ".." in Path(name).parts or place == root or not any(place.is_relative_to(h) for h in homes):
         raise NarrowsError(f"{name!r} leaves the directory.", where=str(where), remedy="Put a copy of the file into it.")
-    return path
+    return directory / name
 
 
 def headers(directory: str | Path) -> dict[str, TensorInfo]:

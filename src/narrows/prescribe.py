@@ -92,7 +92,7 @@ def prescribe(
         if not _helps(option, before):
             slug = option.plan.steps[0].card.slug
             relieved = ", ".join(option.plan.steps[0].card.relieves)
-            why_not[slug] = f"predicted {option.gain:.2f} x and {option.bytes_saved / 1e6:+.0f} MB: it relieves {relieved}, and this step is limited by {before.limit}"
+            why_not[slug] = f"predicted {option.gain:.2f} x and {option.bytes_saved / 1e6:+.0f} MB: it relieves {relieved}; this step is limited by {before.limit}"
     useful = [o for o in ranked if _helps(o, before)]
     parts = [o.plan.steps[0] for o in useful[:COMBINED]] + free_steps
     pairs = [Plan(pair) for pair in combinations(parts, 2) if not all(t in free_steps for t in pair)]

@@ -46,7 +46,7 @@ def apply(model: str, plan_text: str, out: str, text: str | None, overwrite: boo
     tell(f"applying {plan}")
     changed = plan.apply(loaded, data)
     tell(f"writing {out}")
-    return directory.save(changed, tokenizer, out, plan, source=model, overwrite=overwrite)
+    return directory.save(changed, tokenizer, out, plan, source=model, overwrite=overwrite).to_dict()
 
 
 def verify(before: str, after: str, machine: Machine, text: str | None, quality: str | None, prompt: int, context: int,

@@ -1,16 +1,14 @@
-"""From the operators that ran (`Event`s) to the ops of a Graph: fusing, naming, owners of parameters, folding. No torch."""
+"""From the operators that ran (`Event`s) to the ops of a Graph: fusing, naming, owners of parameters, folding."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from narrows.capture import aten
+from narrows.capture.events import Basis, Event, View
 from narrows.graph import DType, Op
 from narrows.kinds import KINDS
-
-if TYPE_CHECKING:
-    from narrows.capture.tracer import Event, View
 
 _ROWS = {"linear": ("rows",), "matmul": ("rows",), "expert": ("rows",), "conv": ("positions", "in_positions")}
 
@@ -28,14 +26,14 @@ class Parameter:
 class Run:
     """Events that a compiler would make one kernel of (all but arithmetic: one event each), and their indices."""
 
-    events: list["Event"]
+    events: list[Event]
     indices: list[int]
     name: str = ""
 
 
 def assemble(
-    events: Sequence["Event"], parameters: Mapping[str, Parameter], outputs: Iterable[int], saved: Mapping[int, float],
-    backward: Mapping[int, float], described: Iterable[str] = (), attention: Callable[["Event", "Event"], "Event"] | None = None,
+    events: Sequence[Event], parameters: Mapping[str, Parameter], outputs: Iterable[int], saved: Mapping[int, float],
+    backward: Mapping[int, float], described: Iterable[str] = (), attention: Callable[[Event, Event], Event] | None = None,
 ) -> tuple[Op, ...]:  # fmt: skip
     """The ops of some events; layers that differ in their index alone are joined.
 
@@ -68,7 +66,7 @@ def assemble(
     return fold(ops)
 
 
-def _fuse(events: Sequence["Event"], live: "_Live", attention: Callable[["Event", "Event"], "Event"] | None) -> list[Run]:
+def _fuse(events: Sequence[Event], live: "_Live", attention: Callable[[Event, Event], Event] | None) -> list[Run]:
     """Arithmetic in one module as runs: what follows each other, and what only a later run of the module reads."""
     runs: list[Run] = []
     done = 0
@@ -98,7 +96,7 @@ def _fuse(events: Sequence["Event"], live: "_Live", attention: Callable[["Event"
     return [run for run in runs if run.events]
 
 
-def _attention_end(events: Sequence["Event"], start: int) -> int:
+def _attention_end(events: Sequence[Event], start: int) -> int:
     """Where the second product of an attention is whose first is at `start`, or 0: scores, arithmetic with a softmax, values."""
     if events[start].kind != "matmul":
         return 0
@@ -111,9 +109,9 @@ def _attention_end(events: Sequence["Event"], start: int) -> int:
     return 0
 
 
-def _place(event: "Event") -> tuple[str, str, bool]:
+def _place(event: Event) -> tuple[str, str, bool]:
     """Events of one place may become one kernel. What no input changes stays apart, but for a norm's own scale."""
-    return event.path, event.phase, event.basis + bool(event.leaf) < 2
+    return event.path, event.phase, event.basis + bool(event.leaf) < Basis.INPUTS
 
 
 def _name(runs: Sequence[Run]) -> None:
@@ -122,7 +120,9 @@ def _name(runs: Sequence[Run]) -> None:
     for run in sorted(runs, key=lambda r: (not r.events[0].kind, -r.events[0].basis)):  # a layer's own op has its name
         first, last = run.events[0], run.events[-1]
         leaf = next((e.leaf for e in run.events if e.leaf), "")
-        if first.kind and _owned_by(first):
+        if first.op is not None and first.op.name:
+            name = first.op.name
+        elif first.kind and _owned_by(first):
             holder, _, own = first.params[0][0].rpartition(".")
             inside = not first.path or f"{holder}.".startswith(f"{first.path}.")  # else: tied to another module's
             name = holder if inside else first.path
@@ -134,15 +134,16 @@ def _name(runs: Sequence[Run]) -> None:
         run.name = name if count == 1 else f"{name}_{count}"
 
 
-def _owned_by(event: "Event") -> bool:
+def _owned_by(event: Event) -> bool:
     """Whether the op of an event has parameters of its own."""
-    return bool(event.params) and bool(KINDS[event.kind].parameters(KINDS[event.kind].defaults | event.dims))
+    kind = KINDS[event.kind]
+    return bool(event.params) and bool(kind.parameters({**kind.defaults, **event.dims}))
 
 
 class _Live:
     """Which storages are read by whom, and which outlive the step."""
 
-    def __init__(self, events: Sequence["Event"], outputs: Iterable[int], saved: Iterable[int]) -> None:
+    def __init__(self, events: Sequence[Event], outputs: Iterable[int], saved: Iterable[int]) -> None:
         self.outputs, self.saved = set(outputs), set(saved)
         self.readers: dict[int, list[int]] = {}
         for i, event in enumerate(events):
@@ -208,7 +209,7 @@ def _op(run: Run, inputs: tuple[str, ...], owners: _Owners, live: _Live, paramet
 
 def _arithmetic(run: Run, common: dict[str, Any], owners: _Owners, live: _Live, parameters: Mapping[str, Parameter]) -> Op | None:
     """A run of arithmetic as one op: what it reads from outside, what leaves it, and its parameters."""
-    outside: dict[int, set["View"]] = {}
+    outside: dict[int, set[View]] = {}
     leaving: dict[int, float] = {}
     dtypes: dict[int, DType] = {}
     made: set[int] = set()
@@ -234,9 +235,10 @@ def _arithmetic(run: Run, common: dict[str, Any], owners: _Owners, live: _Live, 
     normed = _normed(run, first_reads, parameters)
     if normed:
         tied = "" if len(owned) == len(first_reads) else owners.owner[next(iter(first_reads))]
-        dtype = parameters[next(iter(first_reads))].dtype
-        return Op(run.name, "norm", {**normed, "weights": len(first_reads)}, tied=tied, **{**common, "act": last.act, "weight": dtype})
-    dims = {"elements": elements, "reads": reads, "flop_per_element": flop / elements if elements else 0, "weights": sum(owned.values())}
+        common |= {"act": last.act, "weight": parameters[next(iter(first_reads))].dtype}
+        return Op(run.name, "norm", {**normed, "weights": len(first_reads)}, tied=tied, **common)
+    each = flop / elements if elements else 0
+    dims = {"elements": elements, "reads": reads, "flop_per_element": each, "weights": sum(owned.values())}
     return Op(run.name, "elementwise", dims, **common)
 
 
@@ -250,9 +252,9 @@ def _normed(run: Run, params: Mapping[str, int], parameters: Mapping[str, Parame
     return {"rows": written // width, "width": width, "flop_per_element": sum(e.flop for e in run.events) / written}
 
 
-def _covered(views: set["View"]) -> float:
+def _covered(views: set[View]) -> float:
     """Bytes that some views of one storage read, those inside a larger one left out."""
-    taken: list["View"] = []
+    taken: list[View] = []
     for view in sorted(views, key=lambda v: -v[3]):
         if not any(t[1] <= view[1] and view[2] <= t[2] for t in taken):
             taken.append(view)

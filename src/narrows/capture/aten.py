@@ -7,27 +7,29 @@ where the result is smaller: a reduction).
 # Names without their overload; a trailing underscore (in place) is taken off first.
 
 # No kernel: they allocate, or only describe a tensor. Views are found by their shared storage.
-FREE = frozenset(
-    "empty empty_like empty_strided new_empty new_empty_strided detach alias lift lift_fresh lift_fresh_copy resize "
-    "set _unsafe_view _reshape_alias scalar_tensor sym_size sym_stride sym_numel _local_scalar_dense "
-    "_assert_async _assert_scalar is_same_size expand_copy".split()
-)
+FREE = frozenset((
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift", "lift_fresh",
+    "lift_fresh_copy", "resize", "set", "_unsafe_view", "_reshape_alias", "scalar_tensor", "sym_size", "sym_stride",
+    "sym_numel", "_local_scalar_dense", "_assert_async", "_assert_scalar", "is_same_size", "expand_copy",
+))  # fmt: skip
 
 # Bytes move, nothing is computed.
-MOVES = frozenset(
-    "copy clone _to_copy contiguous cat stack index index_select gather index_put index_copy scatter slice_scatter "
-    "select_scatter as_strided_scatter zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full arange "
-    "fill zero constant_pad_nd repeat flip roll upsample_nearest2d upsample_nearest1d unfold im2col masked_fill "
-    "masked_scatter where tril triu eye pixel_shuffle pixel_unshuffle reflection_pad2d replication_pad2d reflection_pad1d "
-    "channel_shuffle select_copy slice_copy".split()
-)
+MOVES = frozenset((
+    "copy", "clone", "_to_copy", "contiguous", "cat", "stack", "index", "index_select", "gather", "index_put", "index_copy",
+    "scatter", "slice_scatter", "select_scatter", "as_strided_scatter", "zeros", "zeros_like", "new_zeros", "ones",
+    "ones_like", "new_ones", "full", "full_like", "new_full", "arange", "fill", "zero", "constant_pad_nd", "repeat", "flip",
+    "roll", "upsample_nearest2d", "upsample_nearest1d", "unfold", "im2col", "masked_fill", "masked_scatter", "where", "tril",
+    "triu", "eye", "pixel_shuffle", "pixel_unshuffle", "reflection_pad2d", "replication_pad2d", "reflection_pad1d",
+    "channel_shuffle", "select_copy", "slice_copy",
+))  # fmt: skip
 
 OVERWRITES = frozenset(("copy", "fill", "zero"))  # in place, and what was there is not read
 
 # FLOP per element where it is not one: as many simple operators as the formula has.
 FLOP = {"softmax": 5.0, "log_softmax": 5.0, "gelu": 8.0, "silu": 4.0, "sigmoid": 4.0, "tanh": 4.0, "var_mean": 3.0, "var": 3.0,
-        "std": 3.0, "native_dropout": 2.0, "addcmul": 2.0, "lerp": 3.0, "softplus": 3.0, "mish": 8.0, "hardswish": 4.0, "elu": 3.0,
-        "leaky_relu": 2.0, "upsample_bilinear2d": 8.0, "upsample_bicubic2d": 32.0, "_upsample_bilinear2d_aa": 8.0}  # fmt: skip
+        "std": 3.0, "native_dropout": 2.0, "addcmul": 2.0, "lerp": 3.0, "softplus": 3.0, "mish": 8.0, "hardswish": 4.0,
+        "elu": 3.0, "leaky_relu": 2.0, "upsample_bilinear2d": 8.0, "upsample_bicubic2d": 32.0,
+        "_upsample_bilinear2d_aa": 8.0}  # fmt: skip
 
 # A mean of squares or a variance: the mark of a norm that is written out.
 REDUCES_TO_NORM = frozenset(("mean", "var", "var_mean", "std", "linalg_vector_norm"))

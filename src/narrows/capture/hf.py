@@ -13,7 +13,9 @@ from narrows.errors import NarrowsError, closest
 from narrows.graph import Graph
 from narrows.step import Step
 
-_TASKS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_CLASSIFICATION", "MASKED_LM", "")  # first that fits
+_MOST_LAYERS = 10_000
+# the first that fits
+_TASKS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_CLASSIFICATION", "MASKED_LM", "")
 _BUILD_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, ImportError, OSError)
 
 
@@ -28,10 +30,10 @@ def from_transformers(config: Mapping[str, Any], name: str, where: str = "config
     import transformers
 
     family = config.get("model_type")
-    if family not in transformers.CONFIG_MAPPING:
+    if not isinstance(family, str) or family not in transformers.CONFIG_MAPPING:
         raise NarrowsError(f"transformers knows no model type {family!r}.", where=f"{where}: model_type",
                            remedy=closest(str(family), list(transformers.CONFIG_MAPPING)))  # fmt: skip
-    fields = {k: v for k, v in config.items() if k not in ("model_type", "auto_map", "quantization_config", "torch_dtype", "dtype")}
+    fields = {k: v for k, v in _plain(config, where).items() if k != "model_type"}
     dtype = _dtype(config.get("dtype") or config.get("torch_dtype") or "bfloat16", where)
     try:
         settings = transformers.AutoConfig.for_model(family, **fields)
@@ -43,6 +45,21 @@ def from_transformers(config: Mapping[str, Any], name: str, where: str = "config
     windows = sorted({w for w in _values(config, "sliding_window", "local_attention") if isinstance(w, int) and w > 0})
     graph = generalize(lambda step: from_module(model, step, name=name), _probes(model, windows), windows)
     return replace(graph, source=f"transformers {transformers.__version__}: {type(model).__name__}")
+
+
+def _plain(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields that describe a model: none that choose code or kernels, and no more layers than there can be."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        place = f"{where}: {key}"
+        if "implementation" in key or key in ("auto_map", "quantization_config", "torch_dtype", "dtype"):
+            continue
+        if "layer" in key or "depth" in key:
+            counts = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)]
+            if max(counts, default=0) > _MOST_LAYERS:
+                raise NarrowsError(f"{value} layers.", where=place, remedy=f"There are at most {_MOST_LAYERS}.")
+        out[key] = _plain(value, place) if isinstance(value, Mapping) else value
+    return out
 
 
 def _class(transformers: Any, settings: Any, where: str) -> Any:
@@ -62,7 +79,8 @@ def _class(transformers: Any, settings: Any, where: str) -> Any:
 def _dtype(name: Any, where: str) -> torch.dtype:
     found = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise NarrowsError(f"{name!r} is no floating-point format.", where=f"{where}: dtype", remedy="Write bfloat16, float16 or float32.")
+        remedy = "Write bfloat16, float16 or float32."
+        raise NarrowsError(f"{name!r} is no floating-point format.", where=f"{where}: dtype", remedy=remedy)
     return found
 
 
@@ -73,8 +91,10 @@ def _values(config: Mapping[str, Any], *fields: str) -> list[Any]:
 
 
 def _probes(model: Any, windows: Sequence[int]) -> list[Step]:
-    """Steps that tell the fields of a Step apart, some longer than every window; more than one token each, so that
-    the same operators run in all of them."""
+    """Steps that tell the fields of a Step apart, some longer than every window.
+
+    Each has more than one token, so that the same operators run in all of them.
+    """
     beyond = max(windows, default=0)
     if model.main_input_name == "pixel_values" and not hasattr(model.config, "text_config"):
         return [Step.forward(batch) for batch in (2, 3, 5)]
@@ -82,9 +102,10 @@ def _probes(model: Any, windows: Sequence[int]) -> list[Step]:
         sizes = ((2, 53, 61), (3, 101, 37), (5, 71, 89), (7, 37, 131), (11, 59, 43))
         return [Step.prefill(batch, tokens, source=source) for batch, tokens, source in sizes]
     if not model.can_generate():
-        return [Step.forward(batch, tokens) for batch, tokens in ((2, 53), (3, beyond + 101), (5, 61), (7, beyond + 37), (11, 43))]
-    sizes = ((2, 53, 0), (3, 101 + beyond, 0), (5, 61, 37), (7, 71, 13 + beyond), (11, 89, 211 + beyond), (13, 47 + beyond, 31))
-    return [Step.prefill(batch, tokens, past=past) for batch, tokens, past in sizes]
+        pairs = ((2, 53), (3, beyond + 101), (5, 61), (7, beyond + 37), (11, 43))
+        return [Step.forward(batch, tokens) for batch, tokens in pairs]
+    steps = ((2, 53, 0), (3, 101 + beyond, 0), (5, 61, 37), (7, 71, 13 + beyond), (11, 89, 211 + beyond), (13, 47 + beyond, 31))
+    return [Step.prefill(batch, tokens, past=past) for batch, tokens, past in steps]
 
 
 def _unet(config: Any, batch: int, pixels: int, text: int) -> dict[str, Any]:
@@ -101,7 +122,8 @@ def _flux(config: Any, batch: int, pixels: int, text: int) -> dict[str, Any]:
     guidance = {"guidance": torch.ones(batch)} if config.guidance_embeds else {}
     return {"hidden_states": torch.ones(batch, patches, config.in_channels), "timestep": torch.ones(batch),
             "encoder_hidden_states": torch.ones(batch, text, config.joint_attention_dim), "txt_ids": torch.ones(text, 3),
-            "pooled_projections": torch.ones(batch, config.pooled_projection_dim), "img_ids": torch.ones(patches, 3), **guidance}  # fmt: skip
+            "pooled_projections": torch.ones(batch, config.pooled_projection_dim), "img_ids": torch.ones(patches, 3),
+            **guidance}  # fmt: skip
 
 
 def _sd3(config: Any, batch: int, pixels: int, text: int) -> dict[str, Any]:
@@ -112,7 +134,7 @@ def _sd3(config: Any, batch: int, pixels: int, text: int) -> dict[str, Any]:
 
 def _dit(config: Any, batch: int, pixels: int, text: int) -> dict[str, Any]:
     labels = torch.zeros(batch, dtype=torch.long)
-    return {"hidden_states": _image(config, batch, pixels), "timestep": torch.zeros(batch, dtype=torch.long), "class_labels": labels}
+    return {"hidden_states": _image(config, batch, pixels), "timestep": labels, "class_labels": labels}
 
 
 def _image(config: Any, batch: int, pixels: int) -> Tensor:
@@ -122,7 +144,8 @@ def _image(config: Any, batch: int, pixels: int) -> Tensor:
 
 # one denoising step: the inputs for (config, batch, pixels, text tokens; 0: as the published pipeline has them)
 DIFFUSION: dict[str, Callable[[Any, int, int, int], dict[str, Any]]] = {
-    "UNet2DConditionModel": _unet, "FluxTransformer2DModel": _flux, "SD3Transformer2DModel": _sd3, "DiTTransformer2DModel": _dit,
+    "UNet2DConditionModel": _unet, "FluxTransformer2DModel": _flux, "SD3Transformer2DModel": _sd3,
+    "DiTTransformer2DModel": _dit,
 }  # fmt: skip
 
 
@@ -137,14 +160,14 @@ def from_diffusers(
     import diffusers
 
     kind = config.get("_class_name")
-    if kind not in DIFFUSION:
+    if not isinstance(kind, str) or kind not in DIFFUSION:
         raise NarrowsError(f"{kind!r} is not a diffusion model known here.", where=f"{where}: _class_name",
                            remedy=closest(str(kind), list(DIFFUSION)))  # fmt: skip
     if pixels < 16 or pixels % 16:
         raise NarrowsError(f"images of {pixels} px do not divide into patches.", where="pixels", remedy="Give a multiple of 16.")
     try:
         with torch.device("meta"):
-            model: nn.Module = getattr(diffusers, str(kind)).from_config(dict(config)).to(_dtype(dtype, where))
+            model: nn.Module = getattr(diffusers, str(kind)).from_config(_plain(config, where)).to(_dtype(dtype, where))
     except _BUILD_FAILURES as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NarrowsError(f"diffusers refuses it: {reason}", where=where, remedy="Correct that field.") from error
@@ -156,7 +179,7 @@ def from_diffusers(
         return from_module(model, step, floats, name)
 
     graph = generalize(build, [Step.forward(batch) for batch in (2, 3, 5)])
-    note = f"One denoising step at {pixels} px without guidance by a second pass; the text encoders and the autoencoder are not in it."
+    note = f"One denoising step at {pixels} px, without a second pass for guidance, text encoders and autoencoder."
     return replace(graph, source=f"diffusers {diffusers.__version__}: {kind}", notes=(*graph.notes, note))
 
 

@@ -25,7 +25,7 @@ from narrows.step import Step
 
 # (batch, tokens, past, source): three terms of a size and a check, in primes, which no width of a model equals
 _PROBES = ((2, 11, 8, 13), (3, 17, 20, 31), (5, 29, 12, 19), (7, 23, 24, 43))
-MASKED = "Attention written out as products is counted in full, as they execute it, masked or not."
+MASKED = "Attention that the file does not mark as causal is counted in full, as it executes, masked or not."
 
 _REFUSED = {"LSTM", "GRU", "RNN", "DeformConv", "DFT", "STFT", "Det", "MelWeightMatrix", "ImageDecoder"}
 _VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Transpose", "Expand", "Slice", "Split", "Dropout"}
@@ -274,8 +274,20 @@ class _Walk:
         matrices, length = math.prod(scores.shape[:-2]), scores.shape[-1]
         first = scores.shape[0] if len(scores.shape) > 3 else int(self.step.batch[0]) if self.step else 1
         heads = matrices // first if matrices % first == 0 else 1
-        stored, cached, source, reach = keys.numel, False, self.layout.makers.get(block.keys), 16
-        while source is not None and reach:  # keys of fewer heads are spread over all, and old ones come first
+        share, cached = self.kept(block.keys)
+        self.notes[MASKED] = None
+        pairs, context, kv_heads = scores.numel // heads, matrices * length // heads, heads * share
+        widths = {"head_dim": query.shape[-1], "value_dim": values.shape[-1]}
+        dims: dict[str, Dim] = {"heads": heads, "kv_heads": kv_heads, **widths, "queries": pairs // length,
+                                "pairs": pairs, "context": context, "held": context * cached}  # fmt: skip
+        cache = query.dtype if cached else None
+        return self.emit(self.layer(node), "attention", dims, [query, keys, values], query.dtype, cache=cache)
+
+    def kept(self, name: str) -> tuple[float, bool]:
+        """The share of the keys that is stored (fewer heads are spread over all), and whether old keys come before new."""
+        keys, source, reach = self.tensors[name], self.layout.makers.get(name), 16
+        stored, cached = keys.numel, False
+        while source is not None and reach:
             if source.op == "Concat":
                 cached = any(n and n not in self.layout.makers and n not in self.file.constants for n in source.inputs)
             scaled = source.op in ("Mul", "Div") and all(self.tensors[n].fixed for n in source.inputs[1:])
@@ -283,18 +295,13 @@ class _Walk:
                 break
             stored, reach = min(stored, self.tensors[source.inputs[0]].numel), reach - 1
             source = self.layout.makers.get(source.inputs[0])
-        self.notes[MASKED] = None
-        pairs, context, kv_heads = scores.numel // heads, matrices * length // heads, heads * stored / keys.numel
-        widths = {"head_dim": query.shape[-1], "value_dim": values.shape[-1]}
-        dims: dict[str, Dim] = {"heads": heads, "kv_heads": kv_heads, **widths, "queries": pairs // length,
-                                "pairs": pairs, "context": context, "held": context * cached}  # fmt: skip
-        cache = query.dtype if cached else None
-        return self.emit(self.layer(node), "attention", dims, [query, keys, values], query.dtype, cache=cache)
+        return stored / keys.numel, cached
 
     def fused(self, node: Node, ins: Inputs, out: Tensor) -> str:
         """One operator for attention: the standard's, or onnxruntime's, which may hold the projection too."""
         f, x = fused_sizes(node, ins), need(node, ins, 0)
         reads: Inputs = ins
+        share, cached = self.kept(node.inputs[1]) if len(ins) > 1 and ins[1] is not None else (1.0, False)
         if node.op == "Attention" and node.proto.domain == MICROSOFT:
             weight, bias = need(node, ins, 1), ins[2] if len(ins) > 2 else None
             if not weight.origin:
@@ -302,15 +309,18 @@ class _Walk:
             inputs, outputs = weight.shape
             qkv = replace(node, module=f"{self.layer(node)}.qkv")
             reads = [replace(x, makers=(self.linear(qkv, x, weight, (f.batch * f.queries, inputs, outputs, 1), bias),))]
-        total, before = f.past + f.keys, f.queries * f.past
+        if not f.causal:
+            self.notes[MASKED] = None
+        total, before, cached = f.past + f.keys, f.queries * f.past, cached or f.cached
         pairs = before + f.queries * (f.queries + 1) // 2 if f.causal else f.queries * total
-        dims: dict[str, Dim] = {"heads": f.heads, "kv_heads": f.kv_heads, "head_dim": f.head_dim, "value_dim": f.value_dim,
+        widths = {"head_dim": f.head_dim, "value_dim": f.value_dim}
+        dims: dict[str, Dim] = {"heads": f.heads, "kv_heads": f.kv_heads * share, **widths,
                                 "queries": f.batch * f.queries, "pairs": f.batch * pairs, "context": f.batch * total,
-                                "held": f.batch * total * f.cached}  # fmt: skip
+                                "held": f.batch * total * cached}  # fmt: skip
         window = node.number("local_window_size", -1)
         if window > 0 and self.step is not None:
             dims |= {key: Size.of({f"{key}[window={window}]": 1}) for key in ("pairs", "context")}
-        return self.emit(self.layer(node), "attention", dims, reads, x.dtype, cache=x.dtype if f.cached else None)
+        return self.emit(self.layer(node), "attention", dims, reads, x.dtype, cache=x.dtype if cached else None)
 
     def norm(self, node: Node, ins: Inputs, out: Tensor) -> str:
         x = need(node, ins, 0)

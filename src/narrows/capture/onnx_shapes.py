@@ -125,14 +125,17 @@ def _products(node: Node, ins: Sequence[Tensor | None], first: Tensor) -> tuple[
 
 def _infer(file: File, node: Node, op: str, inputs: Sequence[Tensor | None]) -> list[Tensor]:
     """The outputs of a standard operator, by onnx's own rules."""
-    sizes = tuple(t and (t.elem, t.shape, t.value.tobytes() if t.value is not None and t.value.size <= _SMALL else b"") for t in inputs)
+    values = [t.value if t is not None and t.value is not None and t.value.size <= _SMALL else None for t in inputs]
+    sizes = tuple(t and (t.elem, t.shape, None if v is None else v.tobytes()) for t, v in zip(inputs, values, strict=True))
     key = (op, node.settings, sizes, tuple(map(bool, node.outputs)))
     if key not in file.known:
-        file.known[key] = _ask(file, node, op, inputs)
+        file.known[key] = _ask(file, node, op, inputs, values)
     return file.known[key]
 
 
-def _ask(file: File, node: Node, op: str, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+def _ask(
+    file: File, node: Node, op: str, inputs: Sequence[Tensor | None], values: Sequence[NDArray[Any] | None]
+) -> list[Tensor]:
     import onnx
     from onnx import checker, defs, helper, numpy_helper, shape_inference
 
@@ -142,11 +145,11 @@ def _ask(file: File, node: Node, op: str, inputs: Sequence[Tensor | None]) -> li
         remedy = "Export it as standard operators."
         raise NarrowsError(f"{op} is not an operator of opset {file.opset}.", where=node.name, remedy=remedy) from error
     types, data = {}, {}
-    for name, tensor in zip(node.inputs, inputs, strict=True):
+    for name, tensor, value in zip(node.inputs, inputs, values, strict=True):
         if tensor is not None:
             types[name] = helper.make_tensor_type_proto(tensor.elem, tensor.shape)
-            if tensor.value is not None and tensor.value.size <= _SMALL:
-                data[name] = numpy_helper.from_array(tensor.value)
+        if value is not None:
+            data[name] = numpy_helper.from_array(value)
     proto = node.proto
     if proto.domain:
         proto = onnx.NodeProto()

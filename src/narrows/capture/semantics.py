@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from narrows.errors import NarrowsError
+from narrows.graph import Op
 from narrows.step import Step
 
 if TYPE_CHECKING:
-    from narrows.capture.tracer import Event, Tracer
+    from narrows.capture.events import Event
+    from narrows.capture.tracer import Tracer
 
 _NAME = "narrows_capture"  # of our attention and experts in transformers' tables
 
@@ -42,23 +44,24 @@ def taken_whole(module: nn.Module, tracer: "Tracer", step: Step) -> Iterator[Non
         # a model that does not look its attention up in the table calls PyTorch's own, if asked for by this name
         implementation = _NAME if any(hasattr(s, "ALL_ATTENTION_FUNCTIONS") for s in sources) else "sdpa"
         chosen = {"_attn_implementation_internal": implementation, "_experts_implementation_internal": _NAME}
-        configs = {id(c): c for m in module.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
-        patches = [patch.dict(vars(config), chosen) for config in configs.values()]
+        held = [m.config for m in module.modules() if hasattr(getattr(m, "config", None), "_attn_implementation_internal")]
+        patches: list[Any] = [patch.dict(vars(config), chosen) for config in {id(c): c for c in held}.values()]
         patches.append(patch.dict(modeling_utils.AttentionInterface._global_mapping, {_NAME: partial(_attend, tracer)}))
         patches.append(patch.dict(moe.ExpertsInterface._global_mapping, {_NAME: partial(_choose_experts, tracer)}))
         # no mask is made for an implementation that is not listed here: who sees whom, attention is told itself
         patches.append(patch.dict(masking_utils.AttentionMaskInterface._global_mapping, clear=True))
         for cache in (cache_utils.Cache, cache_utils.EncoderDecoderCache):
-            for method, change in (("update", tracer.unseen), ("update_conv_state", partial(_remember, tracer)), ("update_recurrent_state", partial(_remember, tracer))):
+            for method in ("update", "update_conv_state", "update_recurrent_state"):
                 if method in vars(cache):
-                    patches.append(patch.object(cache, method, change(vars(cache)[method])))
+                    quiet = tracer.unseen if method == "update" else partial(_remember, tracer)
+                    patches.append(patch.object(cache, method, quiet(vars(cache)[method])))
         for source in sources:
             for ending, stand_in in _KERNELS.items():
                 for name in [n for n in vars(source) if n.endswith(ending)]:
                     patches.append(patch.object(source, name, partial(stand_in, tracer, signature(getattr(source, name)))))
         for change in patches:
             stack.enter_context(change)
-        if step.phase in ("prefill", "decode") and is_model(module) and "logits_to_keep" not in signature(module.forward).parameters:
+        if step.phase in ("prefill", "decode") and is_model(module):
             _keep_last(module, stack)
         yield
 
@@ -76,7 +79,8 @@ def _remember(tracer: "Tracer", update: Callable[..., Any]) -> Callable[..., Any
 
 def _keep_last(model: Any, stack: ExitStack) -> None:
     """Let a model without `logits_to_keep` make the logits of the last token alone, as it does when it generates."""
-    last = model.get_output_embeddings() if model.can_generate() else None
+    keeps = "logits_to_keep" in signature(model.forward).parameters
+    last = model.get_output_embeddings() if model.can_generate() and not keeps else None
     if last is not None:
         handle = last.register_forward_pre_hook(lambda _, args: (args[0][:, -1:], *args[1:]))
         stack.callback(handle.remove)
@@ -94,9 +98,11 @@ def whole_attention(module: nn.Module, tracer: "Tracer", step: Step) -> Callable
         new, keys = scores.dims["rows"] // scores.dims["matrices"], scores.dims["outputs"]
         pairs = Step(1, new, max(keys - new, 0))["pairs" if causal else "pairs[full]"]
         dims = {"heads": heads, "kv_heads": heads, "head_dim": scores.dims["inputs"], "value_dim": values.dims["outputs"],
-                "queries": batch * new, "pairs": batch * pairs, "context": batch * keys, "held": batch * keys * tracer.caching}  # fmt: skip
+                "queries": batch * new, "pairs": batch * pairs, "context": batch * keys,
+                "held": batch * keys * tracer.caching}  # fmt: skip
+        sources = list(dict.fromkeys(scores.sources + values.sources))
         return replace(values, kind="attention", label="attention", dims=dims, reads=scores.reads + values.reads,
-                       sources=list(dict.fromkeys(scores.sources + values.sources)), cache=values.act if tracer.caching else None)  # fmt: skip
+                       sources=sources, cache=values.act if tracer.caching else None)  # fmt: skip
 
     return join
 
@@ -119,7 +125,8 @@ def _choose_experts(tracer: "Tracer", module: Any, hidden: Tensor, chosen: Tenso
     def apply(name: str, x: Tensor) -> Tensor:
         weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None) if module.has_bias else None
         inputs, outputs = weight.shape[1:] if module.is_transposed else weight.shape[:0:-1]
-        dims = {"rows": rows, "experts": weight.shape[0], "top_k": top_k, "inputs": inputs, "outputs": outputs, "bias": int(bias is not None)}
+        dims = {"rows": rows, "experts": weight.shape[0], "top_k": top_k, "inputs": inputs, "outputs": outputs,
+                "bias": int(bias is not None)}  # fmt: skip
         given = [x, weight] if bias is None else [x, weight, bias]
         return tracer.stand_in(x.new_empty(rows * top_k, outputs), given, "expert", dims)
 
@@ -140,10 +147,11 @@ def _convolve(tracer: "Tracer", of: Signature, *args: Any, **kwargs: Any) -> Ten
 
 
 def _scan(tracer: "Tracer", of: Signature, *args: Any, **kwargs: Any) -> Any:
-    """A selective scan (Mamba) or one step of it: x [B, C, T], [B, T, H, P] or of one token -> the same, and the last state."""
+    """A selective scan, or one step of it: x [B, C, T], [B, T, H, P] or of one token -> the same, and the last state."""
     given = _bound(of, args, kwargs)
-    x, gate, state = given["hidden_states"], given.get("z"), given["B"].shape[-1 if "state" in given or "chunk_size" in given else -2]
-    second = "chunk_size" in given or x.dim() == 3 and "state" in given  # Mamba-2 has heads
+    x, gate = given["hidden_states"], given.get("z")
+    second = "chunk_size" in given or (x.dim() == 3 and "state" in given)  # Mamba-2 has heads
+    state = given["B"].shape[-1 if "state" in given or second else -2]
     last = bool(given.get("return_last_state") or given.get("return_final_states"))
     if "state" in given:
         channels, final = x[0].numel(), None
@@ -153,7 +161,8 @@ def _scan(tracer: "Tracer", of: Signature, *args: Any, **kwargs: Any) -> Any:
         channels, final = x.shape[1], x.new_empty(*x.shape[:2], state)
     dims = {"rows": x.numel() // channels, "channels": channels, "state": state, "flop_per_state": 6 if second else 8,
             "held": x.shape[0] if last or "state" in given else 0}  # fmt: skip
-    out = tracer.stand_in(x, [t for n, t in given.items() if isinstance(t, Tensor) and n not in ("z", "state", "initial_states")], "scan", dims)
+    apart = ("z", "state", "initial_states")  # the gate follows; the state is the op's own
+    out = tracer.stand_in(x, [t for n, t in given.items() if isinstance(t, Tensor) and n not in apart], "scan", dims)
     out = out if gate is None else out * nn.functional.silu(gate)
     return (out, final) if last else out
 
@@ -170,6 +179,15 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _convolve, "causal_conv1d_update": _convolve,
     "selective_scan": _scan, "chunk_scan": _scan, "selective_state_update": _scan,
 }  # fmt: skip
+
+
+def split_of(module: Any) -> Callable[[Op], str]:
+    """How tensor parallelism cuts an op of a model, by the plan that transformers states for it; '' without a plan."""
+    styles = {"colwise": "column", "packed_colwise": "column", "rowwise": "row", "colwise_gather_output": "vocabulary"}
+    plan = {name: styles.get(style, "") for name, style in (getattr(module, "tp_plan", None) or {}).items()}
+    cut = "row" in plan.values()  # not the last layer alone
+    by_kind = {"attention": "heads", "embedding": "vocabulary", "expert": "experts"} if cut else {}
+    return lambda op: by_kind.get(op.kind) or (plan.get(op.name, "") if op.kind == "linear" else "")
 
 
 def arguments(model: Any, step: Step, tracer: "Tracer") -> dict[str, Any]:
@@ -195,7 +213,8 @@ def arguments(model: Any, step: Step, tracer: "Tracer") -> dict[str, Any]:
     if ids in known:
         given[ids] = _ids(batch, new)
     if not given.keys() - {"use_cache"}:
-        raise NarrowsError(f"the inputs of {type(model).__name__} are not known.", remedy=f"Give some of {', '.join(known)} as `inputs`.")
+        remedy = f"Give some of {', '.join(known)} as `inputs`."
+        raise NarrowsError(f"the inputs of {type(model).__name__} are not known.", remedy=remedy)
     last = {"logits_to_keep": 1} if tracer.caching and "logits_to_keep" in known else {}
     if not (tracer.caching and past):
         return {**given, **last}
@@ -227,7 +246,9 @@ def trim_held(tracer: "Tracer", outputs: Any) -> None:
     """Set what attention keeps to what the cache holds when the step is over, where hooks have thrown some away."""
     cache = getattr(outputs, "past_key_values", None)
     cache = getattr(cache, "self_attention_cache", cache)
-    for event in tracer.events if cache is not None else ():
+    if cache is None:
+        return
+    for event in tracer.events:
         layer = cache.layers[event.layer] if event.layer is not None and event.layer < len(cache.layers) else None
         if layer is not None and not layer.is_sliding and isinstance(getattr(layer, "keys", None), Tensor):
             event.dims["held"] = min(event.dims["held"], layer.keys.shape[0] * layer.keys.shape[-2])

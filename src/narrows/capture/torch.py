@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from narrows.backward import training
 from narrows.capture import semantics
 from narrows.capture.assemble import Parameter, assemble
-from narrows.capture.tracer import Semantics, Tracer, _key, _tensors, dtype_of
+from narrows.capture.events import dtype_of, storage_of, tensors_in
+from narrows.capture.tracer import Semantics, Tracer
 from narrows.errors import NarrowsError
 from narrows.graph import Graph
 from narrows.step import Step
@@ -44,8 +45,10 @@ def from_module(module: nn.Module, step: Step, inputs: Any = None, name: str = "
         stack.enter_context(_on_meta(module))
         stack.enter_context(_mode(module, step.phase == "train"))
         tracer = Tracer(module)
-        for context in (tracer.watch_modules(), torch.device("meta"), Semantics(tracer), semantics.taken_whole(module, tracer, step)):
-            stack.enter_context(context)
+        stack.enter_context(tracer.watch_modules())
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(Semantics(tracer))
+        stack.enter_context(semantics.taken_whole(module, tracer, step))
         try:
             args, kwargs = _arguments(module, step, inputs, tracer)
             outputs = _run(module, args, kwargs, tracer, step.phase == "train")
@@ -53,11 +56,15 @@ def from_module(module: nn.Module, step: Step, inputs: Any = None, name: str = "
             raise error.inside(name) from error
         except _FAILURES as error:
             where = f"{name}: {tracer.failed_in}" if tracer.failed_in else name
-            problem = f"its forward failed on the meta device ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
-            raise NarrowsError(problem, where=where, remedy="Give `inputs` it accepts; sizes must not depend on values.") from error
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            remedy = "Give `inputs` it accepts; sizes must not depend on values."
+            raise NarrowsError(f"its forward failed on the meta device ({reason}).", where=where, remedy=remedy) from error
         semantics.trim_held(tracer, outputs)
-        kept = {_key(t) for t in _tensors(outputs)}
-        ops = assemble(tracer.events, parameters, kept, tracer.saved, tracer.backward, tracer.described, semantics.whole_attention(module, tracer, step))
+        kept = {storage_of(t) for t in tensors_in(outputs)}
+        whole = semantics.whole_attention(module, tracer, step)
+        ops = assemble(tracer.events, parameters, kept, tracer.saved, tracer.backward, tracer.described, whole)
+    split = semantics.split_of(module)
+    ops = tuple(replace(op, split=split(op)) for op in ops)
     notes = (CAUSAL,) * tracer.causal + (NO_LOSS,) * (step.phase == "train")
     graph = Graph(name, ops, source=f"{type(module).__module__}.{type(module).__qualname__}", notes=notes)
     return _with_optimizer(graph, trainable) if step.phase == "train" else graph
@@ -70,7 +77,7 @@ def _run(module: nn.Module, args: Any, kwargs: Any, tracer: Tracer, train: bool)
     with torch.enable_grad(), tracer:
         with tracer.watch_saved():
             out = module(*args, **kwargs)
-        result = next((t for t in _tensors(out) if t.grad_fn is not None), None)
+        result = next((t for t in tensors_in(out) if t.grad_fn is not None), None)
         if result is None:
             raise NarrowsError("no output has a gradient.", remedy="Train a module with parameters that require one.")
         with tracer.paused():
@@ -146,7 +153,7 @@ def _first_input(module: nn.Module, batch: int, tokens: int) -> Tensor:
         if isinstance(layer, nn.Embedding):
             return torch.empty(batch, tokens, dtype=torch.long, device="meta")
         if isinstance(layer, nn.Linear):
-            return torch.empty((batch, tokens, layer.in_features) if tokens > 1 else (batch, layer.in_features), dtype=dtype, device="meta")
+            return torch.empty(*((batch, tokens) if tokens > 1 else (batch,)), layer.in_features, dtype=dtype, device="meta")
         if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             size = (224, 224) if isinstance(layer, nn.Conv2d) else (tokens,)
             return torch.empty(batch, layer.in_channels, *size, dtype=dtype, device="meta")

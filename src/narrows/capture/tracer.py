@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -12,77 +12,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrows.capture import aten
-from narrows.graph import BF16, DTYPES, FP16, FP32, DType, Op
-from narrows.kinds import KINDS
+from narrows.capture.events import Basis, Event, View, dtype_of, is_made_of_tensors, storage_of, tensors_in, view_of
+from narrows.graph import Op
 from narrows.step import Step
 
 # For operators of one's own, by full name ('narrows::packed_linear'): the fields of the Op from (args, kwargs, result).
 CUSTOM: dict[str, Callable[[Any, Any, Any], dict[str, Any]]] = {}
 
-_FORMATS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16, torch.float64: DTYPES["fp64"],
-            torch.float8_e4m3fn: DTYPES["fp8"], torch.float8_e5m2: DTYPES["fp8"], torch.int8: DTYPES["int8"]}  # fmt: skip
 
-NUMBERS, WEIGHTS, INPUTS = 0, 1, 2  # positions and masks come of numbers alone
-View = tuple[int, int, int, float]  # storage, first and last place in it, bytes
-
-
-def dtype_of(tensor: Tensor) -> DType:
-    """The storage format of a tensor's numbers."""
-    return _FORMATS.get(tensor.dtype) or DType(str(tensor.dtype).removeprefix("torch."), tensor.element_size() * 8)
-
-
-@dataclass
-class Event:
-    """One operator that ran, or one semantic op in place of the operators inside it.
-
-    path, label   where it ran and which operator; `leaf` is the innermost module, '' if that holds others
-    kind, dims    as in an Op; '' for arithmetic number by number
-    reads, writes views of activations; `sources` are the events that made what it reads
-    params        parameters it reads: name and elements of the view
-    basis         what it is made of, at most: only with INPUTS does it count FLOP
-    op            the finished op, where a module describes itself
-    """
-
-    path: str
-    leaf: str
-    label: str
-    phase: str
-    kind: str = ""
-    dims: dict[str, Any] = field(default_factory=dict)
-    flop: float = 0.0
-    reads: list[View] = field(default_factory=list)
-    writes: list[View] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    params: list[tuple[str, int]] = field(default_factory=list)
-    act: DType = FP32
-    weight: DType | None = None
-    cache: DType | None = None
-    basis: int = 2
-    floats: bool = True  # its result is not whole numbers
-    op: Op | None = None
-    layer: int | None = None  # of the cache that it keeps keys and values in
-
-    @property
-    def product_flop(self) -> float:
-        return float(KINDS[self.kind].flop(KINDS[self.kind].defaults | self.dims)) if self.kind else self.flop
-
-    @property
-    def backward_flop(self) -> float:
-        return self.product_flop * KINDS[self.kind].backward[0] if self.kind else 0.0
-
-
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[misc]
     """Records events while it is entered; `paused` work leaves no trace but still runs.
 
-    `names` maps every parameter's storage to its name. After a run: `events`, `saved` (bytes that autograd keeps,
-    by storage), `backward` (of each event with a gradient, the FLOP of its products in the backward pass).
+    After a run: `events`, `saved` (bytes that autograd keeps, by storage), `backward` (of each event with a gradient,
+    the FLOP of its products in the backward pass).
     """
 
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self.root = root
         self.paths = {id(m): name for name, m in root.named_modules()}
-        self.params = {_key(p): name for name, p in root.named_parameters() if not _opaque(p)}
+        self.params = {storage_of(p): name for name, p in root.named_parameters() if not is_made_of_tensors(p)}
         self.formats = {name: dtype_of(p) for name, p in root.named_parameters()}
         self.events: list[Event] = []
         self.saved: dict[int, float] = {}
@@ -121,23 +70,23 @@ class Tracer(TorchDispatchMode):
                     self.failed_in = path or type(module).__name__
                 self._stack.pop()
 
-        nn.Module.__call__ = call  # type: ignore[method-assign]
+        nn.Module.__call__ = call
         try:
             yield
         finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
+            nn.Module.__call__ = original
 
     def _described(self, module: nn.Module, path: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a module; one that describes itself by `graph_op(name, rows, act)` gives its op and is not looked into."""
         describe = getattr(module, "graph_op", None)
         if describe is None or self._paused:
             return call(module, *args, **kwargs)
-        given = _tensors((args, kwargs))
+        given = tensors_in((args, kwargs))
         with self.paused(), torch.no_grad():
             out = call(module, *args, **kwargs)
         op = describe(path, given[0].numel() // given[0].shape[-1], dtype_of(given[0]))
         self.described.add(path)
-        return self.stand_in(_tensors(out)[0], [*given, *module.parameters()], op.kind, dict(op.dims), op=op)
+        return self.stand_in(tensors_in(out)[0], [*given, *module.parameters()], op.kind, dict(op.dims), op=op)
 
     @property
     def path(self) -> str:
@@ -148,7 +97,7 @@ class Tracer(TorchDispatchMode):
         return self._stack[-1][1] if self._stack else self.root
 
     def _place(self) -> tuple[str, str]:
-        """The path that owns what runs now, an activation's being that of the module around it; and the innermost leaf's."""
+        """The path that owns what runs now (an activation's is that of the module around it), and the innermost leaf's."""
         path, module = self.path, self.module
         if module._modules or not self._stack:
             return path, ""
@@ -170,12 +119,12 @@ class Tracer(TorchDispatchMode):
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.paused():
                 out = function(*args, **kwargs)
-            given = [t for t in _tensors((args, kwargs)) if t.is_floating_point()]
-            made = [t for t in _tensors(out) if _key(t) not in self._producer]
+            given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+            made = [t for t in tensors_in(out) if storage_of(t) not in self._producer]
             for i, tensor in enumerate(made):
                 own = given[i : i + 1] if len(made) == len(given) else given
                 self._keep.append(tensor.untyped_storage())
-                self._alias[_key(tensor)] = tuple(k for t in own for k in self._resolve(_key(t)))
+                self._alias[storage_of(tensor)] = tuple(k for t in own for k in self._resolve(storage_of(t)))
             return out
 
         return run
@@ -190,17 +139,16 @@ class Tracer(TorchDispatchMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name, mutated = self._schema(func)
-        given, made = _tensors((args, kwargs)), _tensors(out)
+        given, made = tensors_in((args, kwargs)), tensors_in(out)
         if not made:
             return
-        for tensor in made:
-            self._keep.append(tensor.untyped_storage())
-        inside = {_key(t) for t in given}
-        if not mutated and (name in aten.FREE or all(_key(t) in inside for t in made)):
+        self._keep += [t.untyped_storage() for t in (*given, *made)]
+        inside = {storage_of(t) for t in given}
+        if not mutated and (name in aten.FREE or all(storage_of(t) in inside for t in made)):
             self._own_node(-1)
             return
-        if name == "_to_copy" and _key(given[0]) in self.params:  # a cast parameter is that parameter
-            self._alias[_key(made[0])] = (_key(given[0]),)
+        if name == "_to_copy" and storage_of(given[0]) in self.params:  # a cast parameter is that parameter
+            self._alias[storage_of(made[0])] = (storage_of(given[0]),)
             return
         phase = self._phase()
         if phase == "backward":
@@ -214,14 +162,14 @@ class Tracer(TorchDispatchMode):
             event = self._product(name, args, made[0], phase)
         elif name in aten.CONVOLUTIONS:
             event = self._convolution(args, made[0], phase)
-        elif name in aten.EMBEDDINGS and _key(args[0]) in self.params:
+        elif name in aten.EMBEDDINGS and storage_of(args[0]) in self.params:
             table = args[0]
             dims = {"rows": args[1].numel(), "outputs": table.shape[1], "vocabulary": table.shape[0]}
             event = self._event(name, phase, "embedding", dims, [args[1]], made[:1], [table])
         elif name in aten.NORMS:
             event = self._norm(name, args, made[0], phase)
         else:
-            written = [args[i] for i in mutated if isinstance(args[i], Tensor)] or made
+            written = [args[i] for i in mutated if i < len(args) and isinstance(args[i], Tensor)] or made
             read = [t for t in given if not (name in aten.OVERWRITES and t is args[0])]
             flop = aten.flop_of(name, max((t.numel() for t in read), default=0), max((t.numel() for t in written), default=0))
             event = self._event(name, phase, "", {}, read, written, [t for t in read if self._param(t)], flop)
@@ -233,8 +181,7 @@ class Tracer(TorchDispatchMode):
             schema = func._schema
             written = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
             self._schemas[func] = (aten.base_name(schema.name), written if schema.is_mutable else ())
-        name, written = self._schemas[func]
-        return name, written
+        return self._schemas[func]
 
     def _phase(self) -> str:
         if torch._C._current_graph_task_id() == -1:
@@ -246,9 +193,9 @@ class Tracer(TorchDispatchMode):
         index = len(self.events)
         makers = [self._producer.get(v[0]) for v in event.reads]
         event.sources = list(dict.fromkeys(m for m in makers if m is not None))
-        bases = [INPUTS if m is None else self.events[m].basis for m in makers] + [WEIGHTS] * bool(event.params)
-        event.basis = INPUTS if event.kind else max(bases, default=NUMBERS)
-        if event.basis < INPUTS or not event.floats:
+        bases = [Basis.INPUTS if m is None else self.events[m].basis for m in makers] + [Basis.WEIGHTS] * bool(event.params)
+        event.basis = Basis.INPUTS if event.kind else max(bases, default=Basis.NUMBERS)
+        if event.basis < Basis.INPUTS or not event.floats:
             event.flop = 0.0
         self.events.append(event)
         for view in event.writes:
@@ -266,22 +213,23 @@ class Tracer(TorchDispatchMode):
     ) -> Event:  # fmt: skip
         path, leaf = self._place()
         owned = [t for t in params if isinstance(t, Tensor)]
-        names = [(self._param(t), round(_view(t)[3] / t.element_size())) for t in owned]
+        names = [(self._param(t), round(view_of(t)[3] / t.element_size())) for t in owned]
         act = act if act is not None else max(writes, key=lambda t: (t.is_floating_point(), t.numel()))
         views = [v for t in reads if isinstance(t, Tensor) and not self._param(t) for v in self._views(t)]
-        return Event(path, leaf, label, phase, kind, dims, flop, views, [_view(t) for t in writes],
-                     params=names, act=dtype_of(act), floats=act.is_floating_point(), weight=self.formats[names[0][0]] if names else None)  # fmt: skip
+        weight = self.formats[names[0][0]] if names else None
+        return Event(path, leaf, label, phase, kind, dims, flop, views, [view_of(t) for t in writes], params=names,
+                     act=dtype_of(act), floats=act.is_floating_point(), weight=weight)  # fmt: skip
 
     def _resolve(self, key: int) -> tuple[int, ...]:
         return self._alias.get(key, (key,))
 
     def _views(self, tensor: Tensor) -> list[View]:
-        key, first, last, size = _view(tensor)
+        key, first, last, size = view_of(tensor)
         return [(k, first, last, size) for k in self._resolve(key)]
 
     def _param(self, tensor: Tensor) -> str:
         """The name of the parameter that a tensor is a view or a cast of, or ''."""
-        return self.params.get(self._resolve(_key(tensor))[0], "") if self.params else ""
+        return self.params.get(self._resolve(storage_of(tensor))[0], "") if self.params else ""
 
     # operators on the matrix units
 
@@ -299,27 +247,22 @@ class Tracer(TorchDispatchMode):
             return self._event(name, phase, "matmul", dims, [left, right, *added], [out])
         shared = right.dim() < 3 or right.stride(0) == 0
         biased = [t for t in added if self._param(t)]
-        dims = {"rows": rows, "inputs": inner, "outputs": outputs, "bias": len(biased), "matrices": 1 if shared else right.shape[0]}
+        matrices = 1 if shared else right.shape[0]
+        dims = {"rows": rows, "inputs": inner, "outputs": outputs, "bias": len(biased), "matrices": matrices}
         return self._event(name, phase, "linear", dims, [left, *added], [out], [right, *biased], act=left)
 
     def _convolution(self, args: Any, out: Tensor, phase: str) -> Event:
+        """x [B, C, ...], weight [N, C / groups, ...]; transposed: weight [C, N / groups, ...]."""
         x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
-        return self.convolve(x, weight, bias, out, groups, phase, transposed)
-
-    def convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, groups: int, phase: str, transposed: bool = False
-    ) -> Event:
-        """The event of a convolution: x [B, C, ...], weight [N, C / groups, ...] (transposed: [C, N / groups, ...])."""
         channels, outputs = x.shape[1], out.shape[1]
         inside, outside = x.numel() // channels, out.numel() // outputs
         if not self._param(weight):
-            rows, inner = (outside, weight.numel() // weight.shape[0])
-            return self._event("convolution", phase, "matmul", {"rows": rows, "inputs": inner, "outputs": outputs}, [x, weight], [out])
-        # a transposed convolution multiplies once per input position
-        positions, sources = (inside, outside) if transposed else (outside, inside)
-        dims = {"positions": positions, "in_positions": sources, "in_channels": outputs if transposed else channels,
-                "out_channels": channels if transposed else outputs, "kernel": weight[0, 0].numel(), "groups": groups,
-                "bias": int(bias is not None)}  # fmt: skip
+            dims = {"rows": outside, "inputs": weight.numel() // weight.shape[0], "outputs": outputs}
+            return self._event("convolution", phase, "matmul", dims, [x, weight], [out])
+        if transposed:  # its transpose is the convolution that goes back: each input position is multiplied once
+            channels, outputs, inside, outside, bias = outputs, channels, outside, inside, None
+        dims = {"positions": outside, "in_positions": inside, "in_channels": channels, "out_channels": outputs,
+                "kernel": weight[0, 0].numel(), "groups": groups, "bias": int(bias is not None)}  # fmt: skip
         return self._event("convolution", phase, "conv", dims, [x], [out], [weight, bias], act=x)
 
     def _norm(self, name: str, args: Any, out: Tensor, phase: str) -> Event:
@@ -371,11 +314,12 @@ class Tracer(TorchDispatchMode):
             out = torch.empty_like(like, memory_format=torch.contiguous_format)
         index = -1
         if not self._paused:
-            self._keep.append(out.untyped_storage())
-            event = self._event(label or kind, self._phase(), kind, dims, given, [out], [t for t in given if self._param(t)], act=given[0])
+            self._keep += [t.untyped_storage() for t in (*given, out)]
+            owned = [t for t in given if self._param(t)]
+            event = self._event(label or kind, self._phase(), kind, dims, given, [out], owned, act=given[0])
             event.op = op
             index = self._join(event)
-        return _StandIn.apply(self, index, out, *given)  # type: ignore[no-any-return,no-untyped-call]
+        return _StandIn.apply(self, index, out, *given)
 
     def _join(self, event: Event) -> int:
         """Add a semantic event; attention over packed sequences, one call each, is one event. Gives its index."""
@@ -399,7 +343,7 @@ class Tracer(TorchDispatchMode):
         """Add up what autograd keeps for the backward pass: whole storages, each once, parameters not."""
 
         def pack(tensor: Tensor) -> Tensor:
-            key = _key(tensor)
+            key = storage_of(tensor)
             if key not in self.params and not self._alias.get(key) and torch._C._current_graph_task_id() == -1:
                 self._keep.append(tensor.untyped_storage())
                 self.saved[key] = tensor.untyped_storage().nbytes()
@@ -426,11 +370,11 @@ class Tracer(TorchDispatchMode):
             self.backward[index] = share * self.events[index].backward_flop
 
 
-class _StandIn(torch.autograd.Function):
+class _StandIn(torch.autograd.Function):  # type: ignore[misc]
     """A semantic op as autograd sees it: keeps its inputs and output, and has a gradient for each input that wants one."""
 
     @staticmethod
-    def forward(ctx: Any, tracer: Tracer, index: int, out: Tensor, *given: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tracer: Tracer, index: int, out: Tensor, *given: Tensor) -> Tensor:
         ctx.tracer, ctx.index = tracer, index
         ctx.save_for_backward(*given, out)
         return out.view_as(out)
@@ -445,7 +389,7 @@ class _StandIn(torch.autograd.Function):
             return None, None, None, *(torch.empty_like(t) if w else None for w, t in zip(wanted, given, strict=True))
 
 
-class Semantics(TorchFunctionMode):
+class Semantics(TorchFunctionMode):  # type: ignore[misc]
     """Takes attention whole, before PyTorch breaks it down."""
 
     def __init__(self, tracer: Tracer) -> None:
@@ -454,51 +398,20 @@ class Semantics(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is nn.functional.multi_head_attention_forward:  # without weights, so that it comes by below
-            given = kwargs.pop("need_weights", True)
-            out, _ = func(*args, **kwargs, need_weights=False)
-            query, key = args[0], args[1]
-            shape = (*query.shape[1:-1], query.shape[0], key.shape[0])
-            return out, query.new_empty(shape) if given else None
-        if func is not nn.functional.scaled_dot_product_attention:
+        if func is nn.functional.scaled_dot_product_attention:
+            return self.attend(*args, **kwargs)
+        if func is not nn.functional.multi_head_attention_forward:
             return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        bound = {**dict(zip(names, args, strict=False)), **kwargs}
-        q, k, v = (bound[n] for n in names[:3])
-        lead = q.shape[:-2]
-        flat = [t.reshape(-1, t.shape[-3] if t.dim() > 2 else 1, *t.shape[-2:]) for t in (q, k, v)]
-        causal = bool(bound.get("is_causal", False))
+        wanted = kwargs.pop("need_weights", True)  # without them it does what is taken whole above
+        with patch.object(nn.functional, "scaled_dot_product_attention", self.attend):  # this mode does not see inside
+            out, _ = func(*args, **kwargs, need_weights=False)
+        query, key = args[0], args[1]
+        return out, query.new_empty(*query.shape[1:-1], query.shape[0], key.shape[0]) if wanted else None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, is_causal: bool = False, **_: Any) -> Tensor:
+        """Attention as PyTorch calls it: [..., H, T, d] over [..., K, S, d] and [..., K, S, e] -> [..., H, T, e]."""
+        causal = is_causal or (len(args) > 2 and bool(args[2]))  # after the mask and the dropout
+        flat = [t.reshape(-1, t.shape[-3] if t.dim() > 2 else 1, *t.shape[-2:]) for t in (query, key, value)]
         cached = self.tracer.caching and (causal or getattr(self.tracer.module, "is_causal", False))
-        out = self.tracer.attend(*flat, causal=causal, cached=cached)
-        return out.reshape(*lead, *out.shape[-2:]) if len(lead) != 2 else out
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _opaque(tensor: Tensor) -> bool:
-    """Tensors of tensors, that have no storage of their own."""
-    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__")
-
-
-def _view(tensor: Tensor) -> View:
-    if tensor.numel() == 0:
-        return _key(tensor), 0, 0, 0.0
-    first, span, count = tensor.storage_offset(), 1, 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        span += (size - 1) * stride
-        count *= size if stride else 1
-    width = tensor.element_size()
-    return _key(tensor), first * width, (first + span) * width, float(count * width)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists and dicts; those made of other tensors are left out."""
-    if isinstance(tree, Tensor):
-        return [] if _opaque(tree) else [tree]
-    if isinstance(tree, Mapping):
-        tree = tree.values()
-    elif not isinstance(tree, (tuple, list)):
-        return []
-    return [t for item in tree for t in _tensors(item)]
+        out = self.tracer.attend(flat[0], flat[1], flat[2], causal, cached=cached)
+        return out if query.dim() == 4 else out.reshape(*query.shape[:-1], out.shape[-1])

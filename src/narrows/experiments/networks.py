@@ -4,8 +4,9 @@ Pooling, normalisation and activations are left out; sizes are for images of 224
 """
 
 from collections.abc import Callable
+from typing import Self
 
-from narrows.graph import FP32, Graph, Op, Size
+from narrows.graph import FP32, Dim, Graph, Op, Size
 
 
 class _Net:
@@ -14,26 +15,28 @@ class _Net:
     def __init__(self, side: int = 224, channels: int = 3) -> None:
         self.side, self.channels, self.ops = side, channels, list[Op]()
 
-    def conv(self, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, inputs: int = 0, keep: bool = False) -> "_Net":
+    def conv(self, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, inputs: int = 0, keep: bool = False) -> Self:
         """Append a padded convolution; `inputs` channels (the map's by default); with `keep` it is a branch of the map."""
         inputs, out = inputs or self.channels, -(-self.side // stride)
-        dims = {"positions": Size.of(sequences=out**2), "in_positions": Size.of(sequences=self.side**2), "in_channels": inputs,
-                "out_channels": outputs, "kernel": kernel**2, "groups": groups}  # fmt: skip
+        dims: dict[str, Dim] = {
+            "positions": Size.of(sequences=out**2), "in_positions": Size.of(sequences=self.side**2),
+            "in_channels": inputs, "out_channels": outputs, "kernel": kernel**2, "groups": groups,
+        }  # fmt: skip
         self.ops.append(Op(f"conv{len(self.ops)}", "conv", dims, act=FP32, weight=FP32))
         if not keep:
             self.channels, self.side = outputs, out
         return self
 
-    def pool(self, side: int = 0) -> "_Net":
+    def pool(self, side: int = 0) -> Self:
         """Halve the map, or bring it to a `side` (1: its mean)."""
         self.side = side or -(-self.side // 2)
         return self
 
-    def linear(self, *widths: int) -> "_Net":
+    def linear(self, *widths: int) -> Self:
         """Fully connected layers on the whole map."""
         inputs = self.channels * self.side**2
         for width in widths:
-            dims = {"rows": Size.of(sequences=1), "inputs": inputs, "outputs": width}
+            dims: dict[str, Dim] = {"rows": Size.of(sequences=1), "inputs": inputs, "outputs": width}
             self.ops.append(Op(f"fc{len(self.ops)}", "linear", dims, act=FP32, weight=FP32))
             inputs = width
         return self

@@ -11,7 +11,8 @@ from typing import Any
 
 from narrows.backward import gradient_exchange, training
 from narrows.capture.config import bundled_config, from_config
-from narrows.cost import cost, op_time
+from narrows.cost import cost
+from narrows.costmodel import op_time
 from narrows.graph import Graph
 from narrows.machine import cluster
 from narrows.step import Step

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 
+SINKS = 4
+
+
 class Evicted(DynamicLayer):
     """One layer of a DynamicCache after an eviction: its tensors hold fewer tokens than it has `seen`.
 
@@ -74,7 +77,8 @@ def turned(queries: Tensor, embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
 class Eviction:
     """The hooks of one attention module: `before` fits the mask to the keys that are left, `after` evicts a prompt's keys.
 
-    attention looks at the mean attention of the last `window` queries; recency keeps the last `budget` tokens.
+    attention looks at the mean attention of the last `window` queries; recency keeps the first tokens, which draw attention
+    whatever they say (StreamingLLM's sinks), and the last.
     """
 
     def __init__(self, budget: int, window: int, kernel: int, by: str) -> None:
@@ -106,8 +110,9 @@ class Eviction:
 
     def _chosen(self, module: Any, hidden: Tensor, keys: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if self.by == "recency":
-            last = torch.arange(keys.shape[2] - self.budget, keys.shape[2], device=keys.device)
-            return last.expand(*keys.shape[:2], self.budget)
+            place = torch.arange(self.budget, device=keys.device)
+            place = torch.where(place < SINKS, place, place + keys.shape[2] - self.budget)
+            return place.expand(*keys.shape[:2], self.budget)
         queries = module.q_proj(hidden[:, -self.window :]).unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
         queries = module.q_norm(queries) if hasattr(module, "q_norm") else queries
         scores = attention_scores(turned(queries, kwargs.get("position_embeddings")), keys, module.scaling, kwargs.get("attention_mask"))

@@ -138,7 +138,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         if form not in (int4(form.group), int8()) or (form.bits == 4 and (inputs % form.group or outputs % 2)):
             problem = f"{inputs} inputs and {outputs} outputs do not pack as {form}."
-            raise NarrowsError(problem, remedy="Use int4(group) with a group that divides the inputs and even outputs, or int8().")
+            raise NarrowsError(problem, remedy="Use int8(), or int4 with a group that divides the inputs.")
         self.in_features, self.out_features, self.form = inputs, outputs, form
         self.kernel_rows = KERNEL_ROWS[round(form.bits)]
         native = native_block()

@@ -31,7 +31,8 @@ def report(
     The same arguments give the same bytes: what dates it goes into `stamp`, a line of the footer. Names of models and
     ops are shown as text, whatever they hold; a content security policy allows the page's own script and nothing else.
     """
-    panels = [(f"{d.step.phase} on {tables.place(d)}", _diagnosis(d)) for d in diagnoses]
+    several = len({d.model for d in diagnoses}) > 1
+    panels = [(f"{d.model} " * several + f"{d.step.phase} on {tables.place(d)}", _diagnosis(d)) for d in diagnoses]
     panels += [("what to do", _prescription(prescription))] if prescription else []
     panels += [("did it help", _verification(verification))] if verification else []
     models = dict.fromkeys(
@@ -71,26 +72,17 @@ def _hero(figure: str, beside: str, says: str) -> str:
 
 def _diagnosis(d: Diagnosis) -> str:
     low, high = d.interval
-    limits = tables.shares(d)
-    tiles = [(tables.throughput(d), tables.describe(d.step))]
-    tiles += [(f"{tables.percent(share)} {limit}", "of the time") for limit, share in list(limits.items())[:1]]
-    tiles += (
-        [(tables.times(d.seconds / d.bound_seconds), f"the datasheet's roofline, {format_seconds(d.bound_seconds)}")]
-        if d.bound_seconds
-        else []
-    )
-    tiles += [
-        (
-            format_bytes(float(d.footprint.total_bytes)),
-            f"of {format_bytes(d.machine.memory.capacity_bytes)}: {'fits' if d.fits else 'does not fit'}",
-        )
-    ]
+    room = f"of {format_bytes(d.machine.memory.capacity_bytes)}: {'fits' if d.fits else 'does not fit'}"
+    tiles = [(tables.throughput(d), tables.describe(d.step)), (format_bytes(float(d.footprint.total_bytes)), room)]
+    if d.seconds and d.bound_seconds:
+        limit, share = next(iter(tables.shares(d).items()))
+        away, bound = tables.times(d.seconds / d.bound_seconds), format_seconds(d.bound_seconds)
+        tiles[1:1] = [(f"{tables.percent(share)} {limit}", "of the time"), (away, f"the datasheet's roofline, {bound}")]
     grid = "".join(f"<div><b>{_esc(figure)}</b><span>{_esc(what)}</span></div>" for figure, what in tiles)
     notes = "".join(f'<p class="note">{_esc(note)}</p>' for note in (*d.notes, tables.provenance(d)))
+    beside = f"a step, {tables.between(low, d.seconds, high)} with 80 % confidence"
     parts = [
-        _hero(
-            format_seconds(d.seconds), f"a step, {tables.between(low, d.seconds, high)} with 80 % confidence", tables.headline(d)
-        ),
+        _hero(format_seconds(d.seconds), beside, tables.headline(d)),
         f'<div class="tiles">{grid}</div>',
         _kept(tables.ledger_table(d).title, _ledger_bar(d) + _table(tables.ledger_table(d), heading=False)),
         _plot(
@@ -150,25 +142,17 @@ def _memory_bar(d: Diagnosis) -> str:
     """One bar as long as the capacity, or as what is needed where that is more, with the capacity as a wall."""
     parts, there = tables.memory_parts(d), d.machine.memory.capacity_bytes
     whole = max(there, sum(parts.values()))
-    said = [
-        (name, f"{name} {format_bytes(count)}", count / whole, f"c-capacity shade{i}")
-        for i, (name, count) in enumerate(parts.items())
-    ]
+    named = enumerate(parts.items())
+    said = [(name, f"{name} {format_bytes(held)}", held / whole, f"c-capacity shade{i}") for i, (name, held) in named]
     wall = f'<b class="wall" style="left:calc({there / whole * 100:.3f}% - 3px)" data-tip="capacity {format_bytes(there)}"></b>'
     return _stack(said, wall, f" <span>upright line: capacity, {format_bytes(there)}</span>")
 
 
 def _sources(machine: Machine) -> str:
     """Where each figure of the machine comes from."""
-    rows = tuple(
-        (
-            Cell(name),
-            Cell(f"{value:.6g}" if isinstance(value, (int, float)) else " x ".join(map(str, value))),
-            Cell(machine.sources.get(name, "")),
-        )
-        for name, value in machine.figures().items()
-    )
-    table = Table("", (Column("figure"), Column("SI units", "number"), Column("source", "prose")), rows)
+    figures = {n: " x ".join(map(str, v)) if isinstance(v, tuple) else f"{v:.6g}" for n, v in machine.figures().items()}
+    rows = tuple((Cell(name), Cell(value), Cell(machine.sources.get(name, ""))) for name, value in figures.items())
+    table = Table("", tables.columns("figure", "SI units:number", "source:prose"), rows)
     return f"<details><summary>Figures of {_esc(machine.title)} and their sources</summary>{_table(table)}</details>"
 
 

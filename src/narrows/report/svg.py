@@ -57,13 +57,13 @@ def line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{css}"/>'
 
 
-def tip(d: Diagnosis, o: OpDiagnosis) -> str:
+def tip(o: OpDiagnosis, step_seconds: float) -> str:
     """What hovering over an op shows, as the attribute `data-tip`."""
     away = f", {times(o.seconds / o.bound_seconds)} the bound" if o.bound_seconds else ""
     rows = (
         f"{clean(o.op.name)}{'' if o.op.phase == 'forward' else f' ({o.op.phase})'}",
         f"{o.op.kind}, {o.op.repeat} times, limited by {o.limit}",
-        f"{format_seconds(o.seconds)}, {percent(o.seconds / d.seconds)} of the step{away}",
+        f"{format_seconds(o.seconds)}, {percent(o.seconds / step_seconds)} of the step{away}",
         f"{o.intensity:.3g} FLOP/byte, {format_rate(float(o.cost.flop) / o.seconds, 'FLOP')}",
     )
     return f'data-tip="{"&#10;".join(map(escape, rows))}"'
@@ -145,7 +145,7 @@ def roofline(d: Diagnosis) -> str:
 
     '' where no op computes anything.
     """
-    ops, peaks = _drawn(d), used_peaks(d)
+    ops, peaks, whole = _drawn(d), used_peaks(d), d.seconds
     if not ops:
         return ""
     top, main = max(peaks.values()), d.machine.memory.bandwidth_bytes_per_s
@@ -175,16 +175,18 @@ def roofline(d: Diagnosis) -> str:
             (x(max(peak / main, x.low)), y(peak) - 1, x.end, y(peak) + 1),
         ]
     points = [
-        (x(o.intensity), y(r), max(2.5, _LARGEST * math.sqrt(o.seconds / d.seconds))) for o, r in zip(ops, reached, strict=True)
+        (x(o.intensity), y(r), max(2.5, _LARGEST * math.sqrt(o.seconds / whole))) for o, r in zip(ops, reached, strict=True)
     ]
     out += [
-        f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{r:.1f}" class="dot c-{o.limit.value}" {tip(d, o)}/>'
+        f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{r:.1f}" class="dot c-{o.limit.value}" {tip(o, whole)}/>'
         for o, (px, py, r) in zip(ops, points, strict=True)
     ]
     merged: dict[tuple[int, int], list[int]] = {}
     for i, (px, py, _) in enumerate(points):  # ops that lie on each other share a label
         merged.setdefault((round(px / 4), round(py / 4)), []).append(i)
-    named = [(*points[group[0]], _joined([ops[i] for i in group])) for group in merged.values()]
+    first, rest = list(merged.values())[: 2 * _LABELS], list(merged.values())[2 * _LABELS :]
+    named = [(*points[group[0]], _joined([ops[i] for i in group])) for group in first]
+    taken += [(px - r, py - r, px + r, py + r) for px, py, r in (points[group[0]] for group in rest)]
     spots = [(point, spot) for point, spot in zip(named, place(named, taken, frame), strict=True) if spot][:_LABELS]
     out += [part for point, spot in spots for part in _leader(*point[:3], *spot)]
     out += [text(*spot, css="label") for _, spot in spots]
@@ -255,22 +257,22 @@ def waterline(d: Diagnosis) -> str:
     the whole step reaches. The waterline is the roofline at the op's intensity; the area between is the efficiency gap.
     '' where no op computes anything. After Lavin, On the Efficiency of Convolutional Neural Networks.
     """
-    ops = [o for o in d.ops if o.seconds]
+    ops, whole = [o for o in d.ops if o.seconds], d.seconds
     peak = max(used_peaks(d).values(), default=0.0)
     if not peak or not ops:
         return ""
     height = 380.0
     best = [float(o.cost.flop) / o.bound_seconds / peak if o.bound_seconds else 0.0 for o in ops]
-    mean = float(d.cost.flop) / d.seconds / peak
+    mean = float(d.cost.flop) / whole / peak
     x, y = Axis(0.0, 1.0, _LEFT, WIDTH - _RIGHT), Axis(0.0, max(best) * 1.08, height - _BOTTOM, _TOP)
     out = _axes(x, y, "", _percent, _percent)
     bars, labels, path, at = [], [], [f"M{x.start:.1f} {y(best[0]):.1f}"], 0.0
     for o, roof in zip(ops, best, strict=True):
-        left, right = x(at), x(at := at + o.seconds / d.seconds)
+        left, right = x(at), x(at := at + o.seconds / whole)
         got = y(float(o.cost.flop) / o.seconds / peak)
         wide = max(right - left - (0.6 if right - left > 3 else 0.0), 0.2)
         pair = _block(left, y(roof), wide, y.start, "gap") + _block(left, got, wide, y.start, f"bar c-{o.limit.value}")
-        bars.append(f"<g {tip(d, o)}>{pair}</g>")
+        bars.append(f"<g {tip(o, whole)}>{pair}</g>")
         path.append(f"V{y(roof):.1f}H{right:.1f}")
         labels += _name(op_label(o), left, right, y, got, o.limit.value)
     out += [*bars, f'<path d="{"".join(path)}" class="water"/>', *labels, line(x.start, y(mean), x.end, y(mean), "mean")]
@@ -278,7 +280,7 @@ def waterline(d: Diagnosis) -> str:
         text(
             x.end,
             height - 12,
-            f"each op as wide as its share of the {format_seconds(d.seconds)}, in the order in which they run",
+            f"each op as wide as its share of the {format_seconds(whole)}, in the order in which they run",
             "muted",
             "end",
         )

@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from narrows.claims import status
 from narrows.cost import CAUSES, Limit
@@ -139,7 +140,7 @@ def times(ratio: float) -> str:
 
 def percent(share: float) -> str:
     """0.9134 as '91 %', and what would round to nothing as '< 1 %'."""
-    return "< 1 %" if 0 < share < 0.005 else f"{share:.0%}".replace("%", " %")
+    return "< 1 %" if 0 < share < 0.005 else f"{share:,.0%}".replace("%", " %")
 
 
 def _figure(value: float) -> str:
@@ -198,8 +199,9 @@ def describe(step: Step) -> str:
 def shares(d: Diagnosis) -> dict[Limit, float]:
     """The share of the time that each limit takes, largest first."""
     found: dict[Limit, float] = {}
+    whole = d.seconds
     for cause, seconds in d.ledger.items():
-        found[CAUSES[cause]] = found.get(CAUSES[cause], 0.0) + share_of(seconds, d.seconds)
+        found[CAUSES[cause]] = found.get(CAUSES[cause], 0.0) + share_of(seconds, whole)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
@@ -255,23 +257,24 @@ def provenance(d: Diagnosis) -> str:
 
 def ledger_table(d: Diagnosis) -> Table:
     """Seconds by cause; the printed rows add up to the printed total, digit for digit."""
-    factor, unit = _unit(d.seconds)
-    digits = max(0, 3 - math.floor(math.log10(d.seconds / factor))) if d.seconds else 0
-    ledger = d.ledger
+    ledger, whole = d.ledger, d.seconds
+    factor, unit = _unit(whole)
+    digits = max(0, 3 - math.floor(math.log10(whole / factor))) if whole else 0
     texts = apportion([s / factor for s in ledger.values()], digits)
-    parts = apportion([share_of(s, d.seconds) * 100 for s in ledger.values()], 1)
+    parts = apportion([share_of(s, whole) * 100 for s in ledger.values()], 1)
     rows = tuple(
         (
             Cell(cause),
             Cell(text, s),
             Cell(f"{part} %", s),
             Cell(CAUSES[cause].value, tone=CAUSES[cause].value),
-            Cell(share=share_of(s, d.seconds), tone=CAUSES[cause].value),
+            Cell(share=share_of(s, whole), tone=CAUSES[cause].value),
         )
         for (cause, s), text, part in zip(ledger.items(), texts, parts, strict=True)
     )
     heads = columns("cause", f"{unit}:number", "share:number", "counts towards", ":bar")
-    total = (Cell("step"), Cell(f"{d.seconds / factor:.{digits}f}"), Cell("100.0 %" if d.seconds else ""), Cell(), Cell())
+    added = sum(map(Decimal, texts), Decimal())  # not the time rounded on its own: the two may differ at a tie
+    total = (Cell("step"), Cell(str(added)), Cell("100.0 %" if whole else ""), Cell(), Cell())
     return Table("Where the time goes", heads, rows, total)
 
 
@@ -327,6 +330,7 @@ def op_label(entry: OpDiagnosis) -> str:
 def op_table(d: Diagnosis, count: int) -> Table:
     """The slowest ops: time, limit, intensity, and how many times longer than the datasheet's roofline allows."""
     found = sorted(d.ops, key=lambda o: -o.seconds)
+    whole = d.seconds  # a sum over all ops: once, not once a row
     phases = len({o.op.phase for o in d.ops}) > 1
     rows = tuple(
         (
@@ -335,7 +339,7 @@ def op_table(d: Diagnosis, count: int) -> Table:
             Cell(o.op.kind),
             Cell(commas(o.op.repeat), o.op.repeat),
             Cell(format_seconds(o.seconds), o.seconds),
-            Cell(percent(share_of(o.seconds, d.seconds)), o.seconds),
+            Cell(percent(share_of(o.seconds, whole)), o.seconds),
             Cell(o.limit.value, tone=o.limit.value),
             Cell(_figure(o.intensity), o.intensity),
             Cell(times(o.seconds / o.bound_seconds), o.seconds / o.bound_seconds) if o.bound_seconds else Cell("", 0.0),
@@ -354,7 +358,7 @@ def op_table(d: Diagnosis, count: int) -> Table:
         "of bound:number",
     )
     rest = math.fsum(o.seconds for o in found[count:])
-    note = f"and {len(found) - count} more, {percent(share_of(rest, d.seconds))} of the time" if len(found) > count else ""
+    note = f"and {len(found) - count} more, {percent(share_of(rest, whole))} of the time" if len(found) > count else ""
     title = "The slowest ops" if len(found) > count else "Ops, slowest first"
     return Table(title, heads, rows, note=note)
 

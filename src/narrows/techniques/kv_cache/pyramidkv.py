@@ -41,7 +41,7 @@ class PyramidKV(Rewrites):
     beta: int = choice(20, 2, 5, help="steepness: the highest layer keeps (budget - window) / beta tokens beside the window; 1 is flat")
     window: int = choice(8, 16, 32, help="last prompt tokens, which choose and which stay")
     kernel: int = choice(5, help="neighbours over which attention is smoothed; odd")
-    by: str = choice("attention", help="attention, or recency: the last tokens of the prompt")
+    by: str = choice("attention", help="attention, or recency: the first four tokens and the last")
 
     card: ClassVar[Card] = Card(
         "pyramidkv",

@@ -29,7 +29,6 @@ from narrows.step import Step
 from narrows.technique import Card, Claim, Example, No, Rewrites, Stage, Verdict, choice
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 # Linear layers of one block that read the same input, and the layer of the block that writes it ('': its norm).
@@ -75,7 +74,8 @@ class AWQ(Rewrites):
         return DType("int4", 4, self.group, scale_bits=16, zero_bits=16)
 
     def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
-        linears = {op.name: (op["inputs"], op["outputs"]) for op in graph.find("linear") if op.weight and not op.weight.scale_bits}
+        plain = [op for op in graph.find("linear") if op.weight and not op.weight.scale_bits and op.weight.bits >= 16]
+        linears = {op.name: (op["inputs"], op["outputs"]) for op in plain}
         return self._fits(linears, {op.name for op in graph.find("norm")})
 
     def rewrite(self, graph: Graph) -> Graph:
@@ -89,7 +89,8 @@ class AWQ(Rewrites):
 
         model, inputs = self.scaled(model, data)
         for name, linear in _linears(model).items():
-            shrink = self._shrink(linear.weight, inputs[name]) if self.clip and name in inputs and "_attn.q" not in name and "_attn.k" not in name else 1.0
+            clipped = self.clip and name in inputs and not name.endswith(("q_proj", "k_proj"))
+            shrink = self._shrink(linear.weight, inputs[name]) if clipped else 1.0
             model.set_submodule(name, PackedLinear.of(quantized(linear.weight, self.form, shrink), linear.bias))
         return model
 
@@ -108,7 +109,8 @@ class AWQ(Rewrites):
         if not self.search:
             return model, {}
         if not data:
-            raise NarrowsError("the search for scales needs calibration data.", where="awq", remedy="Pass a few batches, or --text FILE.")
+            problem = "the search for scales needs calibration data."
+            raise NarrowsError(problem, where="awq", remedy="Pass a few batches, or --text FILE.")
         inputs, norms = _observe(model, linears, data)
         with torch.no_grad():
             for block in _blocks(linears):
@@ -179,7 +181,8 @@ class AWQ(Rewrites):
         uneven = [int(k) for k, _ in sizes if k % self.group]
         if uneven:
             fitting = [g for g in (128, 64, 32) if not any(k % g for k, _ in sizes)]
-            return No(f"{uneven[0]} inputs are no multiple of group={self.group}" + (f"; group={fitting[0]} fits" if fitting else ""))
+            advice = f"; group={fitting[0]} fits" if fitting else ""
+            return No(f"{uneven[0]} inputs are no multiple of group={self.group}{advice}")
         return True
 
     @classmethod
@@ -207,51 +210,37 @@ def _linears(model: "nn.Module") -> "dict[str, nn.Linear]":
 def _observe(
     model: "nn.Module", linears: "Mapping[str, nn.Linear]", data: Sequence[Mapping[str, "Tensor"]]
 ) -> "tuple[dict[str, Tensor], dict[str, nn.Module]]":
-    """Run the data: SAMPLES rows of the input [T, K] of each group's first layer, and the norm that alone feeds it."""
-    import torch
+    """Run the data: the input [T, K] of each group's first layer, and for groups that a norm alone feeds, that norm."""
+    from narrows.modules.calibration import observed
 
-    seen: dict[str, list[Tensor]] = {}
     fed: dict[str, nn.Module] = {}
     last: dict[str, Any] = {}  # the norm that ran last, and what it gave
-    each = -(-SAMPLES // len(data))
-    firsts = {f"{block}.{readers[0]}" for block in _blocks(linears) for readers in READERS}
 
     def after_norm(norm: "nn.Module", args: Any, out: "Tensor") -> None:
         last.update(norm=norm, out=out)
 
     def before(name: str) -> Any:
-        def keep(layer: "nn.Module", args: Any) -> None:
-            x = args[0]
-            if x is last.get("out"):
-                fed[name] = last["norm"]
-            if name in firsts:
-                rows = x.detach().reshape(-1, x.shape[-1])
-                seen.setdefault(name, []).append(rows[torch.linspace(0, len(rows) - 1, min(each, len(rows))).long()].float())
+        return lambda layer, args: fed.update({name: last["norm"]}) if args[0] is last.get("out") else None
 
-        return keep
-
+    blocks = _blocks(linears)
     hooks = [linear.register_forward_pre_hook(before(name)) for name, linear in linears.items()]
-    for block in _blocks(linears):
-        children = model.get_submodule(block).children()
-        hooks += [c.register_forward_hook(after_norm) for c in children if getattr(c, "weight", None) is not None and c.weight.dim() == 1]
-    training = model.training
+    for child in (child for block in blocks for child in model.get_submodule(block).children()):
+        if getattr(child, "weight", None) is not None and child.weight.dim() == 1:
+            hooks.append(child.register_forward_hook(after_norm))
     try:
-        with torch.no_grad():
-            model.eval()
-            for batch in data:
-                model(**batch)
+        firsts = {f"{block}.{readers[0]}": linears[f"{block}.{readers[0]}"] for block in blocks for readers in READERS}
+        inputs = observed(model, firsts, data, SAMPLES)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
-    for block in _blocks(linears):
+    for block in blocks:
         for readers in (r for r, writer in READERS.items() if not writer):
             names = {f"{block}.{r}" for r in readers}
             norm = fed.get(min(names))
             if norm is None or {name for name, n in fed.items() if n is norm} != names:
                 problem = f"no norm feeds {' and '.join(readers)} alone."
                 raise NarrowsError(problem, where=f"awq: {block}", remedy="Use a technique without scales, or search=False.")
-    return {name: torch.cat(rows) for name, rows in seen.items()}, fed
+    return inputs, fed
 
 
 def _divide(source: "nn.Module", scale: "Tensor") -> None:

@@ -1,0 +1,138 @@
+"""Reading tables of measurements: cells with their units, hardware by its published name, errors that name row and column."""
+
+import csv
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from narrows.capture import bundled, capture
+from narrows.errors import NarrowsError
+from narrows.graph import Graph
+from narrows.machine import Machine, machine
+
+Row = Mapping[str, str]
+
+# How published tables name hardware, most special first, and the bundled machine that it is.
+_HARDWARE = (
+    (r"gb[23]00", "gb200"), (r"b200", "b200"), (r"gh200|h200", "h200"), (r"h100.*(pcie|nvl)", "h100-pcie"), (r"h100", "h100-sxm"),
+    (r"h800", "h800"), (r"h20\b", "h20"), (r"a100.*pcie", "a100-pcie-40gb"), (r"a100.*40 ?gb", "a100-40gb"), (r"a100", "a100-80gb"),
+    (r"a10\b", "a10"), (r"a40\b", "a40"), (r"v100", "v100-sxm2-32gb"), (r"t4\b", "t4"), (r"rtx.?pro.?6000", "rtx-pro-6000"),
+    (r"4090", "rtx-4090"), (r"3090", "rtx-3090"), (r"l40s?\b", "l40s"), (r"l4\b", "l4"), (r"mi300", "mi300x"), (r"mi250", "mi250x"),
+    (r"mi210", "mi210"), (r"tpu.?v5p", "tpu-v5p"), (r"tpu.?v5e", "tpu-v5e"), (r"tpu.?v4", "tpu-v4"),
+)  # fmt: skip
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "days": 86400.0}
+
+
+class NotCovered(NarrowsError):
+    """A row that is sound, but that the model does not reach: it is counted, with this reason."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the model says about one measured figure: prediction and 80 % interval in SI units, and where it belongs.
+
+    name       the set it is counted in
+    measured   the figure, in the same unit as `predicted`
+    group      rows of one group are rival configurations of one job: the best of them is the choice that regret judges
+    best       min or max: which of the figures of a group is the best
+    key        which fitted residuals give the interval (see `interval`)
+    inside     the case lies inside what the constants were fitted on
+    """
+
+    name: str
+    measured: float
+    predicted: float
+    key: str
+    group: str = ""
+    best: str = "min"
+    inside: bool = True
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file with a header; raises NarrowsError for one that cannot be read."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file, restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise NarrowsError(f"cannot be read ({error}).", where=str(path), remedy="Give a CSV file in UTF-8.") from error
+
+
+def number(row: Row, column: str, *, zero: bool = False) -> float:
+    """A cell as a finite number above zero; raises NarrowsError that names the column."""
+    text = (row.get(column) or "").strip()
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found) or found < 0 or (found == 0 and not zero):
+        raise NarrowsError(f"{text[:40]!r} is not a number above zero.", where=column, remedy="Write the measured figure.")
+    return found
+
+
+def count(row: Row, column: str, default: int | None = None) -> int:
+    """A cell as a whole number of at least 1; an empty one is the default."""
+    if default is not None and not (row.get(column) or "").strip():
+        return default
+    found = number(row, column)
+    if found != int(found) or found > 1e9:
+        raise NarrowsError(f"{row[column]!r} is not a whole number.", where=column, remedy="Write a count.")
+    return int(found)
+
+
+def seconds(row: Row) -> float:
+    """The value of a row whose unit is a time, in seconds."""
+    unit = row["unit"].strip()
+    if unit not in _UNITS:
+        raise NarrowsError(f"{unit[:40]!r} is not a unit of time.", where="unit", remedy=f"Use {', '.join(_UNITS)}.")
+    return number(row, "value") * _UNITS[unit]
+
+
+def rate(row: Row, **units: float) -> float:
+    """The value of a row whose unit is one of `units` (given with _ for every other sign), in SI units."""
+    unit = re.sub(r"[^A-Za-z]+", "_", row["unit"].strip()).strip("_")
+    if unit not in units:
+        known = ", ".join(u.replace("_", "/") for u in units)
+        raise NarrowsError(f"{row['unit'][:40]!r} is not a unit of {row['metric']}.", where="unit", remedy=f"Use {known}.")
+    return number(row, "value") * units[unit]
+
+
+def hardware(text: str, column: str = "hardware") -> Machine:
+    """The bundled machine that a published name means; raises NarrowsError for hardware that is not known."""
+    low = text.lower().replace("_", " ").replace("-", " ")
+    found = next((name for pattern, name in _HARDWARE if re.search(pattern, low)), None)
+    if found is None:
+        raise NarrowsError(f"there is no machine {text[:60]!r}.", where=column, remedy="`narrows machines` lists those there are.")
+    return machine(found)
+
+
+def model(text: str, column: str = "model") -> str:
+    """The bundled model that a published name means ('meta-llama/Llama-3.1-8B-Instruct' is llama-3.1-8b)."""
+    low = text.lower().split("/")[-1].replace("_", "-")
+    low = re.sub(r"-(instruct|chat|hf|fp8|bf16|fp16|fp4|nvfp4|it|base|awq|gptq|dynamic|v0\.\d)(?=-|$)", "", low)
+    low = {"llama-7b": "llama-2-7b", "llama-13b": "llama-2-13b", "bloom": "bloom-176b"}.get(low, low)
+    low = re.sub(r"^llama(\d)", r"llama-\1", re.sub(r"^meta-llama", "llama", low))
+    low = re.sub(r"^deepseek-(r1|v3).*", "deepseek-v3", re.sub(r"^llama-3-(\d+b)", r"llama-3.1-\1", low))
+    if low not in bundled():
+        raise NotCovered(f"the model {text[:60]!r} is not among the bundled ones.", where=column, remedy="See `narrows models`.")
+    return low
+
+
+@cache
+def graph_of(name: str) -> Graph:
+    """A bundled model's graph, read once."""
+    return capture(name)
+
+
+def fingerprint(row: Row) -> str:
+    """Eight characters that tell a row from every other: how fitted rows are known again."""
+    text = "\x1f".join(f"{k}={v}" for k, v in sorted((k or "", v if isinstance(v, str) else "") for k, v in row.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def half(*configuration: object) -> int:
+    """0 for configurations that constants are fitted on, 1 for those that are held back: an even split by hash."""
+    return hashlib.sha256(repr(configuration).encode()).digest()[0] % 2
