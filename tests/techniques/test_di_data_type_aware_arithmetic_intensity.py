@@ -13,9 +13,12 @@ from narrows.techniques.profiling_cost_models.di_data_type_aware_arithmetic_inte
 
 HERE, ONE = machine("a100-80gb"), Step.forward()
 # million parameters and million multiply-adds of the papers' tables (and of torchvision where they differ)
-PUBLISHED = {"AlexNet": (61, 720), "VGG-16": (138, 15_500), "GoogLeNet": (7, 1_500), "SqueezeNet": (1.25, 840),
-             "ResNet-18": (11.7, 1_800), "ResNet-50": (25.5, 4_100), "ResNeXt-50": (25.0, 4_200),
-             "WideResNet-50-2": (68.9, 11_400), "DenseNet-121": (8.0, 2_850), "MobileNet": (4.2, 569), "MobileNetV2": (3.5, 300), "ShuffleNet": (1.9, 140), "Xception": (22.9, 8_400), "ConvNeXt-T": (28.6, 4_500)}  # fmt: skip
+PUBLISHED = {
+    "AlexNet": (61, 720), "VGG-16": (138, 15_500), "GoogLeNet": (7, 1_500), "SqueezeNet": (1.25, 840), "ResNet-18": (11.7, 1_800),
+    "ResNet-50": (25.5, 4_100), "ResNeXt-50": (25.0, 4_200), "WideResNet-50-2": (68.9, 11_400), "DenseNet-121": (8.0, 2_850),
+    "MobileNet": (4.2, 569), "MobileNetV2": (3.5, 300), "ShuffleNet": (1.9, 140), "Xception": (22.9, 8_400),
+    "ConvNeXt-T": (28.6, 4_500),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

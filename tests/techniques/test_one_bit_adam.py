@@ -15,6 +15,7 @@ from narrows.experiments.one_bit_adam import train
 from narrows.footprint import footprint
 from narrows.graph import FP32, Graph, Op, Size
 from narrows.machine import machine
+from narrows.modules.one_bit_adam import OneBitAdamOptimizer
 from narrows.modules.sign_exchange import SignMean, compress, decompress, sign_mean
 from narrows.modules.sign_layout import Layout
 from narrows.plan import Plan
@@ -126,7 +127,7 @@ def test_check_refuses_with_a_reason() -> None:
     assert "%" in technique.check(_graph(), slow.scaled(link=1e9, compute=1e-3), STEP).reason
 
 
-def test_attach_refuses_one_rank_unwrapped_models_and_unknown_options(tmp_path: Path) -> None:
+def test_attach_refuses_what_it_cannot_do_and_its_warm_up_is_adam(tmp_path: Path) -> None:
     layer = torch.nn.Linear(4, 4)
     with pytest.raises(NarrowsError, match="DistributedDataParallel"):
         OneBitAdam().attach(layer)
@@ -136,8 +137,26 @@ def test_attach_refuses_one_rank_unwrapped_models_and_unknown_options(tmp_path: 
     try:
         with pytest.raises(NarrowsError, match="world size is 1"):
             OneBitAdam().attach(torch.nn.parallel.DistributedDataParallel(layer))
+        _warm_up_is_adam(layer)
     finally:
         dist.destroy_process_group()
+
+
+def _warm_up_is_adam(layer: torch.nn.Linear) -> None:
+    other = torch.nn.Linear(4, 4)
+    other.load_state_dict(layer.state_dict())
+    model = torch.nn.parallel.DistributedDataParallel(layer)
+    ours = OneBitAdamOptimizer(model, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, warmup=9, chunk=8, feedback=True)
+    adam = torch.optim.AdamW(other.parameters(), lr=0.01, weight_decay=0.1)
+    for x in torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(3)):
+        for net, optimizer in ((model, ours), (other, adam)):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(layer.weight, other.weight)
+    assert not ours.compressing and ours.sent_bytes == 0
+    with pytest.raises(NarrowsError, match="worker_error"):
+        ours.load_state_dict({**ours.state_dict(), "flat": {"momentum": ours.momentum, "variance": ours.variance}})
 
 
 @pytest.mark.parametrize("field,value", [("warmup", 0), ("chunk", 0), ("chunk", 12)])

@@ -56,9 +56,9 @@ def _this_core() -> Machine:
     """One core of this CPU: the rate of a large product, and of reading a matrix far larger than the caches once."""
     import torch
 
-    left, right, row, matrix = torch.ones(512, 1024), torch.ones(1024, 1024), torch.ones(1, 4096), torch.ones(16384, 4096)
-    rate = 2 * left.numel() * 1024 / min(cpu_seconds(lambda: left @ right))
-    read = 4 * matrix.numel() / min(cpu_seconds(lambda: row @ matrix.T))
+    left, right, row, matrix = torch.ones(512, 1024), torch.ones(1024, 1024), torch.ones(1, 4096), torch.ones(8192, 4096)
+    rate = 2 * left.numel() * 1024 / min(cpu_seconds(lambda: left @ right, rounds=3))
+    read = 4 * matrix.numel() / min(cpu_seconds(lambda: row @ matrix.T, rounds=3))
     like = machine("desktop-avx2")
     return like.scaled(compute=rate / like.peak("fp32"), bandwidth=read / like.memory.bandwidth_bytes_per_s)
 

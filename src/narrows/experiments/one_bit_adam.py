@@ -18,7 +18,7 @@ from narrows.machine import cluster
 from narrows.step import Step
 from narrows.techniques.communication.one_bit_adam import OneBitAdam
 
-RANKS, STEPS, WARMUP = 4, 200, 30
+RANKS, STEPS, WARMUP = 4, 280, 42
 _CONTEXT, _BATCH, _SYMBOLS, _HELD_OUT = 8, 32, 128, 4096
 
 
