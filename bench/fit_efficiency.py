@@ -20,8 +20,9 @@ from scipy.optimize import minimize
 from narrows import costmodel
 from narrows.costmodel import fitted, generation
 from narrows.errors import NarrowsError
-from narrows.measured import kernels
+from narrows.measured import kernels, serving
 from narrows.measured.table import Forecast, Row, fingerprint, half, hardware
+from narrows.simulate import closed_loop
 
 DATA = Path(__file__).parents[1] / "src" / "narrows" / "data"
 Forecaster = Callable[[Row], list[Forecast]]
@@ -92,7 +93,24 @@ def stages() -> list[Stage]:
                            collective(over), k, ("collectives",)))  # fmt: skip
     found.append(Stage("decode", "ampere", {"memory-bf16": 0.8, "memory-int8": 0.65, "memory-int4": 0.55, "kernel": 2.0, "link_base": 3.0},
                        lambda r: r.get("phase") in ("decode", "prefill", "offline_max") and "A100" in r["hardware"], k, ("decode",), ("memory",), 200))  # fmt: skip
+    found.append(Stage("splitwise", "engine-splitwise", {"prefill": 1.3, "decode": 1.05, "launch": 3.5, "crowd": 0.5, "crowd_at": 8000.0, "norm": 6.0,
+                                                         "sequence_us": 100.0, "step_ms": 10.0},
+                       lambda r: "prompt_size" in r, serving.batch, ("splitwise-prompt", "splitwise-token"), (), 500))  # fmt: skip
+    found.append(Stage("hopper", "hopper", {"matmul": 0.7, "matmul-fp8": 0.6, "memory-bf16": 0.8, "memory-fp8": 0.75, "memory-fp4": 0.5, "kernel": 1.2, "link_base": 2.5},
+                       lambda r: r.get("mode") == "agg" and r["backend"] != "sglang" and (r["concurrency"] or "999") in ("4", "8", "16", "32", "64"),
+                       serving.closed, ("serving-tpot",), ("matmul", "matmul-fp8", "memory-bf16", "memory-fp8", "memory-fp4"), 160, 90))  # fmt: skip
+    for engine in ("trtllm", "vllm", "sglang"):
+        for mode in ("agg", "disagg"):
+            name = engine + ("-disagg" if mode == "disagg" else "")
+            first = {"decode": 1.05, "step_ms": 1.0, "sequence_us": 10.0, "first": 1.5, "burst": 0.06, "intake_ms": 20.0 if mode == "agg" else 500.0}
+            first |= {"share": 0.9, "memory": 0.88} if mode == "agg" else {}
+            found.append(Stage(f"serving {name}", f"engine-{name}", first, engine_rows(engine, mode), serving.closed,
+                               ("serving-ttft", "serving-tpot"), (), 400))  # fmt: skip
     return found
+
+
+def engine_rows(engine: str, mode: str) -> Callable[[Row], bool]:
+    return lambda row: row.get("backend") == engine and row["mode"] == mode
 
 
 def put(table: str, name: str, value: float, **more: object) -> None:
@@ -100,14 +118,16 @@ def put(table: str, name: str, value: float, **more: object) -> None:
     entry = fitted().setdefault(table, {})
     entry[name] = {**entry.get(name, {}), "median": value, "low": value, "high": value, **more}
     costmodel.forget()
+    if not table.startswith("engine-"):
+        closed_loop._step_seconds.cache_clear()
 
 
-def ratios(rows: Sequence[Row], stage: Stage) -> np.ndarray:
+def ratios(rows: Sequence[Row], stage: Stage, only: str = "") -> np.ndarray:
     """Predicted over measured of every forecast that counts."""
     found = []
     for row in rows:
         try:
-            found += [f.predicted / f.measured for f in stage.forecast(row) if f.name in stage.names]
+            found += [f.predicted / f.measured for f in stage.forecast(row) if f.name in stage.names and only in ("", f.name)]
         except NarrowsError:
             continue  # validate lists it with its reason
     return np.array(found)
@@ -115,13 +135,14 @@ def ratios(rows: Sequence[Row], stage: Stage) -> np.ndarray:
 
 def solve(stage: Stage, rows: list[Row]) -> np.ndarray:
     """Minimise the mean |log ratio| of a stage's rows over its constants; what they are is left in `fitted()`."""
-    names, first = list(stage.first), np.log(list(stage.first.values()))
+    names, guess = list(stage.first), np.log(list(stage.first.values()))
+    first = np.log([fitted()[stage.table][name]["median"] for name in names])
 
     def loss(point: np.ndarray) -> float:
         for name, value in zip(names, point, strict=True):
             put(stage.table, name, float(np.exp(value)))
         found = np.log(ratios(rows, stage))
-        return float(np.mean(np.minimum(np.abs(found), 1.5))) + 0.003 * float(np.mean((point - first) ** 2))
+        return float(np.mean(np.minimum(np.abs(found), 1.5))) + 0.01 * float(np.mean((point - guess) ** 2))
 
     best = minimize(loss, first, method="Nelder-Mead", options={"maxfev": stage.steps, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": _simplex(first)})
     loss(best.x)
@@ -149,8 +170,13 @@ def main() -> None:
             continue
         begun = time.monotonic()
         wanted = [row for row in everything if _is(stage, row)]
+        if len(wanted) < 12:
+            continue
         fit = [row for row in wanted if half(*configuration(row)) == 0]
         held = [row for row in wanted if half(*configuration(row)) == 1]
+        for name, value in stage.first.items():
+            if name not in fitted().get(stage.table, {}):
+                put(stage.table, name, value)
         found = solve(stage, fit[:: max(1, len(fit) // stage.most)] if stage.most else fit)
         out = ratios(held, stage)
         low, high = np.quantile(1 / found, (0.1, 0.9))  # measured over predicted
@@ -161,6 +187,9 @@ def main() -> None:
             fitted()[stage.table][name].update(low=value * wide[0], high=value * wide[1], rows=len(found), data=stage.name)
         costmodel.forget()
         shown = ", ".join(f"{n}={fitted()[stage.table][n]['median']:.3g}" for n in stage.first)
+        for name in stage.names if len(stage.names) > 1 else ():
+            part = ratios(held, stage, name)
+            print(f"    {name:<18} held {np.mean(np.abs(part - 1)):>6.1%}  median {np.median(part):.2f}")
         print(f"{stage.name:<22} {len(found):>4} {np.mean(np.abs(found - 1)):>6.1%} {len(out):>5} {np.mean(np.abs(out - 1)):>6.1%}   {shown}  [{time.monotonic() - begun:.0f} s]", flush=True)
     if "--write" in sys.argv:
         write(tables)

@@ -43,7 +43,7 @@ def _owned(graph: Graph) -> dict[DType, float]:
 
 
 def gradient_exchange(graph: Graph, ranks: int) -> Graph:
-    """A training graph as one of `ranks` data-parallel devices sees it: every gradient is all-reduced once."""
+    """A training graph as one of `ranks` data-parallel devices sees it: every gradient is all-reduced once, before the update."""
     exchange = [
         Op("gradients" + (f" ({dtype.name})" if dtype != FP32 else ""), "all_reduce", {"elements": n, "ranks": ranks}, act=dtype, phase="update")
         for dtype, n in _owned(graph).items()

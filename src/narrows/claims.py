@@ -23,13 +23,13 @@ from narrows.technique import Claim, Described, Technique, built, technique
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One claim measured once. `ours` and `baseline` (the same experiment without the idea; NaN: not run) are in `unit`."""
+    """One claim measured once, in `unit`. `paper` None: it states a direction and no figure; `baseline` None: not run."""
 
     slug: str
     claim: str
-    paper: float
+    paper: float | None
     ours: float
-    baseline: float
+    baseline: float | None
     unit: str
     how: str
     tolerance: str
@@ -57,7 +57,7 @@ def _measure(ours: Technique, claim: Claim, with_baseline: bool) -> Evidence:
     start = time.perf_counter()
     figure = float(experiment(ours))
     seconds = time.perf_counter() - start
-    other = float(experiment(ours.baseline())) if with_baseline else float("nan")
+    other = float(experiment(ours.baseline())) if with_baseline else None
     return Evidence(slug, claim.name, claim.paper, figure, other, claim.unit, claim.how, claim.tolerance, claim.holds(figure),
                     seconds, platform.machine() + ", " + str(os.cpu_count()) + " cores", versions())  # fmt: skip
 
@@ -90,7 +90,7 @@ def record(evidence: Iterable[Evidence]) -> None:
     writer.writeheader()
     for key in sorted(rows):
         row = asdict(rows[key])
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({k: "" if v is None else f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
     write(results_file(), text.getvalue())
     kept.cache_clear()
 
@@ -102,7 +102,7 @@ def kept() -> tuple[Evidence, ...]:
     if not path.is_file():
         return ()
     kinds = {f.name: f.type for f in fields(Evidence)}
-    read = {float: float, bool: lambda text: text == "True", str: str}
+    read = {float: float, bool: lambda text: text == "True", str: str, float | None: lambda text: float(text) if text else None}
     with path.open(newline="") as file:
         return tuple(Evidence(**{k: read[kinds[k]](v) for k, v in row.items()}) for row in csv.DictReader(file))  # type: ignore[index, arg-type]
 

@@ -64,7 +64,7 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print plain data (SI units) for machines.")
 machine_option = click.option("--machine", "-m", default="here", show_default=True, metavar="NAME|FILE",
-                              help="A bundled machine, your own TOML file, or `here` (measured once).")  # fmt: skip
+                              help="A bundled machine or cluster, your own TOML file, or `here` (measured once).")  # fmt: skip
 step_options = _options(
     click.option("--prefill", "phase", flag_value="prefill", help="Read a prompt of --prompt tokens."),
     click.option("--decode", "phase", flag_value="decode", help="One new token after --context tokens."),
@@ -75,6 +75,7 @@ step_options = _options(
     click.option("--context", "-c", default=2048, show_default=True, help="Tokens in the cache (decode)."),
     click.option("--source", default=0, help="Tokens that an encoder reads (encoder-decoders)."),
     click.option("--devices", "-n", default=1, show_default=True, help="Devices that share the model (tensor parallelism)."),
+    click.option("--replicas", default=1, show_default=True, help="Data-parallel copies that exchange gradients (--train)."),
     click.option("--eager", is_flag=True, help="As plain PyTorch runs it: one kernel per operator, launched by the host."),
 )
 
@@ -102,14 +103,14 @@ def _captured(model: str, phase: str | None, batch: int, prompt: int, context: i
 
 
 def _machine(name: str) -> "Machine":
-    from narrows.machine import machine
+    from narrows.machine import clusters, machine, of_cluster
 
     if name == "here":
         from narrows.calibrate import here
 
         with _progress("calibrating this machine, once") as tell:
             return here(tell)
-    return machine(name)
+    return of_cluster(name) if name.lower() in clusters() else machine(name)
 
 
 @contextmanager
@@ -169,12 +170,12 @@ def capture(model: str, out: str | None, as_json: bool) -> None:
 @click.option("--html", type=click.Path(dir_okay=False), help="Also write a report with plots to this file.")
 @as_json_option
 def diagnose(model: str, machine: str, phase: str | None, batch: int, prompt: int, context: int, source: int, devices: int,
-             eager: bool, html: str | None, as_json: bool) -> None:  # fmt: skip
+             replicas: int, eager: bool, html: str | None, as_json: bool) -> None:  # fmt: skip
     """Where the time of one step of MODEL goes on a machine, what limits it, and whether it fits."""
     from narrows import diagnose as diagnosing
 
     graph, step = _captured(model, phase, batch, prompt, context, source, eager)
-    found = diagnosing.diagnose(graph, _machine(machine), step, devices)
+    found = diagnosing.diagnose(graph, _machine(machine), step, devices, replicas)
     if html:
         from narrows.report.html import report
 
@@ -194,13 +195,13 @@ def diagnose(model: str, machine: str, phase: str | None, batch: int, prompt: in
 @click.option("--html", type=click.Path(dir_okay=False), help="Also write a report with plots to this file.")
 @as_json_option
 def prescribe(model: str, machine: str, phase: str | None, batch: int, prompt: int, context: int, source: int, devices: int,
-              eager: bool, html: str | None, as_json: bool) -> None:  # fmt: skip
+              replicas: int, eager: bool, html: str | None, as_json: bool) -> None:  # fmt: skip
     """Which techniques would help this step, by how much, at what price, and why not the others."""
     from narrows import prescribe as prescribing
 
     graph, step = _captured(model, phase, batch, prompt, context, source, eager)
     with _progress("trying techniques") as tell:
-        found = prescribing.prescribe(graph, _machine(machine), step, devices, tell)
+        found = prescribing.prescribe(graph, _machine(machine), step, devices, replicas, tell)
     if html:
         from narrows.report.html import report
 

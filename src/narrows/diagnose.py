@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from narrows.backward import training
+from narrows.backward import gradient_exchange, training
 from narrows.cost import CAUSES, Cost, Limit, cost
 from narrows.costmodel import OpTime, op_time
 from narrows.errors import NarrowsError
@@ -107,32 +107,46 @@ def _limit(causes: dict[str, float]) -> Limit:
     return max(shares, key=lambda limit: shares[limit], default=Limit.LAUNCH)
 
 
-def prepared(graph: Graph, step: Step, machine: Machine, devices: int = 1) -> Graph:
-    """The graph that one device executes: backward and optimizer added for a training step, cut over the devices."""
-    if devices < 1:
-        raise NarrowsError(f"{devices} is not a number of devices.", where="devices", remedy="Give 1 or more.")
-    if devices > 1 and not machine.links:
-        raise NarrowsError(f"{machine.name} has no link between devices.", where="devices", remedy="Use one device, or a machine with a link.")
+def prepared(graph: Graph, step: Step, machine: Machine, devices: int = 1, replicas: int = 1) -> Graph:
+    """The graph that one device executes: cut over `devices`, with backward and optimizer for a training step.
+
+    `replicas` train data-parallel and exchange their gradients over the machine's link.
+    """
+    for name, count in (("devices", devices), ("replicas", replicas)):
+        if count < 1:
+            raise NarrowsError(f"{count} is not a number of {name}.", where=name, remedy="Give 1 or more.")
+        if count > 1 and not machine.links:
+            raise NarrowsError(f"{machine.name} has no link to others.", where=name, remedy=f"Give 1 of {name}, or a machine with a link.")
+    if replicas > 1 and step.phase != "train":
+        raise NarrowsError(f"replicas do not meet in a {step.phase} step.", where="replicas", remedy="Use --train, or --devices.")
+    if replicas > 1 and devices > 1:
+        raise NarrowsError("both cannot share one link here.", where="replicas", remedy="Give --devices or --replicas.")
     cut = tensor_parallel(graph, devices)
-    return training(cut) if step.phase == "train" else cut
+    if step.phase != "train":
+        return cut
+    return gradient_exchange(training(cut), replicas) if replicas > 1 else training(cut)
 
 
-def seconds(graph: Graph, machine: Machine, step: Step, devices: int = 1) -> tuple[Amount, Amount, Amount]:
-    """(predicted, low, high) seconds of a step; arrays where the step's fields are arrays."""
-    ready = prepared(graph, step, machine, devices)
+def timed(ready: Graph, machine: Machine, step: Step) -> tuple[Amount, Amount, Amount]:
+    """(predicted, low, high) seconds of a graph as it stands; arrays where the step's fields are arrays."""
     times = [op_time(op, step, machine, ready.eager) for op in ready]
     return sum((t.seconds for t in times), 0.0), sum((t.low for t in times), 0.0), sum((t.high for t in times), 0.0)
 
 
-def diagnose(graph: Graph, machine: Machine, step: Step, devices: int = 1) -> Diagnosis:
+def seconds(graph: Graph, machine: Machine, step: Step, devices: int = 1) -> tuple[Amount, Amount, Amount]:
+    """(predicted, low, high) seconds of a step; arrays where the step's fields are arrays."""
+    return timed(prepared(graph, step, machine, devices), machine, step)
+
+
+def diagnose(graph: Graph, machine: Machine, step: Step, devices: int = 1, replicas: int = 1) -> Diagnosis:
     """Where the time of one step goes on a machine, what limits it, and what widening each limit would give.
 
-    `devices` > 1 cuts the model over that many by tensor parallelism. Raises NarrowsError for a step of several
+    `devices` > 1 cuts the model over that many by tensor parallelism; `replicas` > 1 train it data-parallel. Raises NarrowsError for a step of several
     points (use `seconds` for those).
     """
     if np.ndim(step["tokens"]):
         raise NarrowsError("the step has several points.", where="diagnose", remedy="Diagnose one at a time, or use `seconds`.")
-    ready = prepared(graph, step, machine, devices)
+    ready = prepared(graph, step, machine, devices, replicas)
     ops = tuple(_diagnose_op(op, step, machine, ready.eager) for op in ready)
     base = math.fsum(o.seconds for o in ops)
 
@@ -142,7 +156,7 @@ def diagnose(graph: Graph, machine: Machine, step: Step, devices: int = 1) -> Di
 
     whole = sum((o.cost for o in ops), Cost())
     what_if = {limit: (faster(limit, 1.1), faster(limit, 2.0)) for limit in WIDENED} if base else {}
-    return Diagnosis(graph.name, machine, devices, step, ops, whole, footprint(tensor_parallel(graph, devices), step), what_if, graph.notes)
+    return Diagnosis(graph.name, machine, devices, step, ops, whole, footprint(ready, step), what_if, graph.notes)
 
 
 def _diagnose_op(op: Op, step: Step, machine: Machine, eager: bool) -> OpDiagnosis:

@@ -67,8 +67,9 @@ def technique_page(slug: str, technique: type[Technique]) -> str:
         lines += ["## Claims", "", "| claim | paper | ours | baseline | must be | how | passed |", "|---|---|---|---|---|---|---|"]
         for c in card.claims:
             e = known.get((slug, c.name))
-            ours = f"{e.ours:.4g} {e.unit} | {e.baseline:.4g}" if e else "not measured | "
-            lines.append(f"| {c.name.replace('_', ' ')} | {c.paper:g} {c.unit} ({_cell(c.setting)}; {_cell(c.where)}) | {ours} | {c.tolerance} | {c.how} | {'yes' if e and e.passed else 'no'} |")
+            ours = f"{e.ours:.4g} {e.unit} | {'' if e.baseline is None else f'{e.baseline:.4g}'}" if e else "not measured | "
+            theirs = "a direction" if c.paper is None else f"{c.paper:g} {c.unit}"
+            lines.append(f"| {c.name.replace('_', ' ')} | {theirs} ({_cell(c.setting)}; {_cell(c.where)}) | {ours} | {c.tolerance} | {c.how} | {'yes' if e and e.passed else 'no'} |")
         lines += ["", *(f"- *{c.name.replace('_', ' ')}*: {c.why}" for c in card.claims), "", f"Measure again: `narrows reproduce {slug}`.", ""]
     return "\n".join(lines)
 

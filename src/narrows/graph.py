@@ -188,6 +188,11 @@ class Graph:
         return iter(self.ops)
 
     @property
+    def forward(self) -> tuple[Op, ...]:
+        """Its ops without those of the backward pass and the optimizer."""
+        return tuple(op for op in self.ops if op.phase == "forward")
+
+    @property
     def parameters(self) -> int:
         return round(sum(op.parameters for op in self.ops))
 
@@ -197,7 +202,7 @@ class Graph:
 
     def find(self, *kinds: str) -> tuple[Op, ...]:
         """Its forward ops of these kinds."""
-        return tuple(op for op in self.ops if op.kind in kinds and op.phase == "forward")
+        return tuple(op for op in self.forward if op.kind in kinds)
 
     def map(self, change: Callable[[Op], Op | Iterable[Op] | None]) -> "Graph":
         """The graph with each op replaced by what `change` gives: an op, several, or None to drop it."""

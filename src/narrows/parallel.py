@@ -4,8 +4,10 @@ from dataclasses import replace
 
 from narrows.graph import Dim, Graph, Op
 
-_CUTS = {"column": ("outputs",), "row": ("inputs",), "heads": ("heads", "kv_heads"), "channels": ("channels",),
+# the dims of which a device has its share, by the way an op is cut; where a kind has not that dim, it is not meant
+_CUTS = {"column": ("outputs", "in_channels", "out_channels", "groups"), "row": ("inputs",), "heads": ("heads", "kv_heads", "channels"),
          "vocabulary": ("outputs",), "experts": ("experts", "top_k")}  # fmt: skip
+_POINTWISE = {"elementwise": ("elements", "reads", "weights"), "norm": ("rows",)}
 
 
 def tensor_parallel(graph: Graph, devices: int) -> Graph:
@@ -44,13 +46,12 @@ def _cut(op: Op, devices: int, reads_share: bool) -> Op:
 
     if op.kind == "embedding" and op.split:
         return op.but(vocabulary=share(op["vocabulary"]))
-    if op.split in _CUTS:
-        dims = {name: share(op[name]) for name in _CUTS[op.split] if name in dict(op.dims)}
-        if "kv_heads" in dims and op["kv_heads"] < devices:  # type: ignore[operator]
-            dims["kv_heads"] = 1.0
-        return op.but(**dims, saved=share(op.saved))
-    if reads_share and op.kind == "elementwise":
-        return op.but(elements=share(op["elements"]), reads=share(op["reads"]), saved=share(op.saved))
-    if reads_share and op.kind == "norm":
-        return op.but(rows=share(op["rows"]), saved=share(op.saved))
-    return op
+    if op.kind in _POINTWISE and (op.split or reads_share):
+        return op.but(saved=share(op.saved), **{name: share(op[name]) for name in _POINTWISE[op.kind]})
+    if op.split not in _CUTS:
+        return op
+    dims = {name: share(op[name]) for name in _CUTS[op.split] if name in dict(op.dims)}
+    if "kv_heads" in dims and op["kv_heads"] < devices:  # type: ignore[operator]
+        dims["kv_heads"] = 1.0
+    whole_input = op.kind == "linear" and op.split != "row" and not reads_share  # each device keeps all that it reads
+    return op.but(**dims, saved=op.saved if whole_input else share(op.saved))

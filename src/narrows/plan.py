@@ -1,6 +1,6 @@
 """An ordered composition of techniques that is checked, rewritten and applied as one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,13 @@ from narrows.technique import Described, No, Rewrites, Technique, Trains, Verdic
 
 if TYPE_CHECKING:
     import torch
+
+
+Prepare = Callable[[Graph], Graph]
+
+
+def _as_it_is(graph: Graph) -> Graph:
+    return graph
 
 
 @dataclass(frozen=True)
@@ -52,31 +59,41 @@ class Plan:
                     return No(f"{one.card.slug} and {other.card.slug} both change {' and '.join(sorted(shared)) or 'the same thing'}")
         return True
 
-    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
-        """True, or the first refusal; each technique is asked about the graph that the ones before it leave."""
+    def check(self, graph: Graph, machine: Machine | None, step: Step, prepare: Prepare = _as_it_is) -> Verdict:
+        """True, or the first refusal; each technique is asked about the graph that the ones before it leave.
+
+        `prepare` makes the training graph (see `diagnose.prepared`), which is what techniques of training look at.
+        """
         verdict = self.conflict()
-        for technique in self.steps:
+        for one, ready in self._in_turn(prepare):
+            graph = ready(graph)
+            verdict = verdict and one.check(graph, machine, step)
             if not verdict:
                 return verdict
-            verdict = technique.check(graph, machine, step)
-            if verdict:
-                graph = technique.rewrite(graph)
+            graph = one.rewrite(graph)
         return verdict
 
-    def rewrite(self, graph: Graph) -> Graph:
-        """The graph after all of them."""
-        for technique in self.steps:
-            graph = technique.rewrite(graph)
-        return graph
+    def rewrite(self, graph: Graph, prepare: Prepare = _as_it_is) -> Graph:
+        """The graph after all of them, prepared for its step."""
+        for one, ready in self._in_turn(prepare):
+            graph = one.rewrite(ready(graph))
+        return graph if any(isinstance(one, Trains) for one in self.steps) else prepare(graph)
+
+    def _in_turn(self, prepare: Prepare) -> Iterator[tuple[Rewrites | Trains, Prepare]]:
+        """Each technique with what is to be done to the graph before it: the first that trains sees it prepared."""
+        first = next((one for one in self.steps if isinstance(one, Trains)), None)
+        for one in self.steps:
+            yield one, prepare if one is first else _as_it_is
 
     def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
         """The model after all of them; the one given is spent. Raises NarrowsError where calibration data is missing."""
-        for technique in self.steps:
-            if not isinstance(technique, Rewrites):
-                raise NarrowsError(f"{technique.card.slug} changes how a model is trained.", where="plan", remedy="Use its attach().")
-            if "calibration" in technique.card.needs and not data:
-                raise NarrowsError(f"{technique.card.slug} needs calibration data.", where="plan", remedy="Pass a few batches, or --text FILE.")
-            model = technique.apply(model, data)
+        for one in self.steps:
+            slug = one.card.slug
+            if not isinstance(one, Rewrites):
+                raise NarrowsError(f"{slug} changes how a model is trained.", where="plan", remedy="Use its attach().")
+            if "calibration" in one.card.needs and not data:
+                raise NarrowsError(f"{slug} needs calibration data.", where="plan", remedy="Pass a few batches, or --text FILE.")
+            model = one.apply(model, data)
         return model
 
 

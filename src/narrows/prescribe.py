@@ -5,13 +5,13 @@ from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any
 
-from narrows.diagnose import Diagnosis, diagnose, seconds
+from narrows.diagnose import Diagnosis, diagnose, prepared, timed
 from narrows.footprint import footprint
 from narrows.free import FREE
 from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.papers import papers
-from narrows.plan import Plan
+from narrows.plan import Plan, Prepare
 from narrows.step import Step
 from narrows.technique import Described, No, Rewrites, Technique, Trains, technique
 
@@ -54,20 +54,24 @@ class Prescription:
 
 
 def prescribe(
-    graph: Graph, machine: Machine, step: Step, devices: int = 1, progress: Callable[[str], None] = lambda _: None
+    graph: Graph, machine: Machine, step: Step, devices: int = 1, replicas: int = 1, progress: Callable[[str], None] = lambda _: None
 ) -> Prescription:
     """Rank every built technique, and pairs of the best, for a model on a machine at a step.
 
     The first instance in a technique's space that its check accepts is taken: the defaults, unless the model rules
     them out. Gains are ratios of two predictions of one cost model, so what it gets wrong on both sides cancels.
     """
-    before = diagnose(graph, machine, step, devices)
-    base = tuple(float(t) for t in seconds(graph, machine, step, devices))  # type: ignore[arg-type]
-    held = float(footprint(graph, step).total_bytes)
+    before = diagnose(graph, machine, step, devices, replicas)
+
+    def ready(changed: Graph) -> Graph:
+        return prepared(changed, step, machine, devices, replicas)
+
+    base = tuple(float(t) for t in timed(ready(graph), machine, step))  # type: ignore[arg-type]
+    held = float(before.footprint.total_bytes)
 
     def predict(plan: Plan, free: float) -> Option:
-        changed = plan.rewrite(graph)
-        times = tuple(float(t) for t in seconds(changed, machine, step, devices))  # type: ignore[arg-type]
+        changed = plan.rewrite(graph, ready)
+        times = tuple(float(t) for t in timed(changed, machine, step))  # type: ignore[arg-type]
         ratios = [a / b for a, b in zip(base, times, strict=True)]
         peak = footprint(changed, step)
         return Option(plan, times[0], ratios[0], (min(ratios), max(ratios)), free / times[0], held - float(peak.total_bytes), bool(peak.fits(machine)),
@@ -79,13 +83,13 @@ def prescribe(
     free_steps: list[Rewrites | Trains] = []
     for slug in [*FREE, *(p.slug for p in papers())]:
         progress(slug)
-        found = _fitting(FREE.get(slug) or technique(slug), graph, machine, step)
+        found = _fitting(FREE.get(slug) or technique(slug), graph, ready, machine, step)
         if isinstance(found, No):
             why_not[slug] = found.reason
         else:
             (free_steps if slug in FREE else singles).append(found)
 
-    free = _ranked([predict(Plan(tuple(c)), base[0]) for n in (1, 2) for c in combinations(free_steps, n) if Plan(tuple(c)).check(graph, machine, step)])
+    free = _ranked([predict(Plan(tuple(c)), base[0]) for n in (1, 2) for c in combinations(free_steps, n) if Plan(tuple(c)).check(graph, machine, step, ready)])
     best_free = min([base[0], *(o.seconds for o in free)])
     ranked = _ranked([predict(Plan((one,)), best_free) for one in singles])
     for option in ranked:
@@ -96,7 +100,7 @@ def prescribe(
     useful = [o for o in ranked if _helps(o, before)]
     parts = [o.plan.steps[0] for o in useful[:COMBINED]] + free_steps
     pairs = [Plan(pair) for pair in combinations(parts, 2) if not all(t in free_steps for t in pair)]
-    combined = [predict(plan, best_free) for plan in pairs if plan.check(graph, machine, step)]
+    combined = [predict(plan, best_free) for plan in pairs if plan.check(graph, machine, step, ready)]
     gains = {o.plan.steps[0]: o.gain for o in (*useful, *free) if len(o.plan.steps) == 1}
     better = [o for o in combined if o.gain > max(gains.get(t, 1.0) for t in o.plan) * WORTHWHILE]
     return Prescription(before, tuple(free), tuple(_ranked([*useful, *better])), why_not)
@@ -112,7 +116,9 @@ def _helps(option: Option, before: Diagnosis) -> bool:
     return option.gain >= WORTHWHILE or (option.fits and not before.fits) or smaller
 
 
-def _fitting(found: type[Technique] | Described, graph: Graph, machine: Machine, step: Step) -> Rewrites | Trains | No:
+def _fitting(
+    found: type[Technique] | Described, graph: Graph, ready: Prepare, machine: Machine, step: Step
+) -> Rewrites | Trains | No:
     """The first instance of a technique that accepts this graph, or why none does."""
     if isinstance(found, Described):
         return No("described only: it has no code here yet")
@@ -122,7 +128,7 @@ def _fitting(found: type[Technique] | Described, graph: Graph, machine: Machine,
         return No(f"it helps {' and '.join(found.card.phases)}, not {step.phase}")
     reason = No("")
     for instance in found.space():
-        verdict = instance.check(graph, machine, step)  # type: ignore[attr-defined]
+        verdict = Plan((instance,)).check(graph, machine, step, ready)  # type: ignore[arg-type]
         if verdict:
             return instance  # type: ignore[return-value]
         reason = reason if reason.reason or not isinstance(verdict, No) else verdict

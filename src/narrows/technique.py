@@ -53,14 +53,15 @@ class Claim:
     """One figure of a paper as data, and what ours must be for the claim to count as reproduced.
 
     name       identifies it within the technique, and names the experiment function that measures it
-    paper      the paper's figure in `unit`; `setting` and `where` say under what conditions, and its place
+    paper      the paper's figure in `unit`, None where it states a direction alone; `setting` and `where` say under
+               what conditions, and its place
     at_least, at_most   the tolerance on our figure, with `why` it is that
     how        run (on a real small model), simulated, or checked (against a closed form or a table)
     """
 
     name: str
     unit: str
-    paper: float
+    paper: float | None
     setting: str
     where: str
     how: str

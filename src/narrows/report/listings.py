@@ -1,6 +1,5 @@
 """Tables of what there is: the ops of a graph, the catalogue, the evidence, machines and models."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -62,9 +61,9 @@ def evidence_table(rows: Sequence[Evidence]) -> Table:
         (
             Cell(e.slug),
             Cell(e.claim),
-            Cell(f"{e.paper:.4g}"),
+            Cell("" if e.paper is None else f"{e.paper:.4g}"),
             Cell(f"{e.ours:.4g}"),
-            Cell("" if math.isnan(e.baseline) else f"{e.baseline:.4g}"),
+            Cell("" if e.baseline is None else f"{e.baseline:.4g}"),
             Cell(e.unit),
             Cell(e.tolerance),
             Cell(e.how),

@@ -116,6 +116,14 @@ class Greenformer(Rewrites):
             model.set_submodule(name, new)
         return model
 
+    def restructure(self, model: "nn.Module") -> "nn.Module":
+        """What `apply` does to the structure of a model, on one without data."""
+        from narrows.modules import low_rank
+
+        for name, (layer, rank) in self._layers(model).items():
+            model.set_submodule(name, low_rank.factored(layer, rank, low_rank.svd))
+        return model
+
     def _size(self, op: Op) -> tuple[int, int] | None:
         """(K, N) of an op that could be factored: plain weights of its own."""
         if op.weight is None or op.weight.scale_bits or op.weight.bits < 16 or op.tied or op.name.split(".")[-1] == self.whole:

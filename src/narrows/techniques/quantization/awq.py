@@ -94,6 +94,16 @@ class AWQ(Rewrites):
             model.set_submodule(name, PackedLinear.of(quantized(linear.weight, self.form, shrink), linear.bias))
         return model
 
+    def restructure(self, model: "nn.Module") -> "nn.Module":
+        """What `apply` does to the structure of a model, on one without data."""
+        from narrows.modules.packed_linear import PackedLinear
+
+        for name, linear in _linears(model).items():
+            sizes, weight = (linear.in_features, linear.out_features), linear.weight
+            packed = PackedLinear(*sizes, self.form, linear.bias is not None, device=weight.device, dtype=weight.dtype)
+            model.set_submodule(name, packed)
+        return model
+
     def scaled(self, model: "nn.Module", data: Sequence[Mapping[str, "Tensor"]]) -> tuple["nn.Module", dict[str, "Tensor"]]:
         """The model with scales in its weights and not yet rounded (it computes the same), and the layers' inputs [T, K].
 
