@@ -33,11 +33,11 @@ demo: samples
 test: samples
 	$(BIN)/ruff check src tests bench
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -m "not claims"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not claims"
 
 # also measures every claim, and that each fails when its technique is swapped for the baseline
 test-all: samples
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 claims: samples
 	$(BIN)/narrows reproduce --all --with-baseline --record

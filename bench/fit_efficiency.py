@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize
 
-from narrows import costmodel
+from narrows import costmodel, validate
 from narrows.costmodel import fitted, generation
 from narrows.errors import NarrowsError
-from narrows.measured import kernels, serving
+from narrows.measured import kernels, serving, training
 from narrows.measured.table import Forecast, Row, fingerprint, half, hardware
 from narrows.simulate import closed_loop
+from narrows.simulate import training as step_model
 
 DATA = Path(__file__).parents[1] / "src" / "narrows" / "data"
 Forecaster = Callable[[Row], list[Forecast]]
@@ -44,12 +45,6 @@ class Stage:
     spread: tuple[str, ...] = ()
     steps: int = 250
     most: int = 0  # at most so many rows, evenly drawn
-
-
-def configuration(row: Row) -> tuple[str, ...]:
-    """All of a row that is not a result: repeats of one configuration fall into the same half."""
-    results = ("value", "silicon_ttft_ms", "silicon_tpot_ms", "peak_power", "average_power", "prompt_time", "token_time", "e2e_time")
-    return tuple(v for k, v in row.items() if k not in results)
 
 
 def at(family: str, *words: str) -> Callable[[Row], bool]:
@@ -92,25 +87,52 @@ def stages() -> list[Stage]:
         found.append(Stage(over, "gpu", {f"wire-{over}": bandwidth, f"link_base-{over}": 3.0, f"link_hop-{over}": 1.0, f"link_ramp-{over}": 1e5},
                            collective(over), k, ("collectives",)))  # fmt: skip
     found.append(Stage("decode", "ampere", {"memory-bf16": 0.8, "memory-int8": 0.65, "memory-int4": 0.55, "kernel": 2.0, "link_base": 3.0},
-                       lambda r: r.get("phase") in ("decode", "prefill", "offline_max") and "A100" in r["hardware"], k, ("decode",), ("memory",), 200))  # fmt: skip
+                       lambda r: r.get("phase") in ("decode", "prefill", "offline_max") and "A100" in r["hardware"], k, ("decode",), ("memory-bf16", "memory-int8", "memory-int4"), 200))  # fmt: skip
     found.append(Stage("splitwise", "engine-splitwise", {"prefill": 1.3, "decode": 1.05, "launch": 3.5, "crowd": 0.5, "crowd_at": 8000.0, "norm": 6.0,
                                                          "sequence_us": 100.0, "step_ms": 10.0},
                        lambda r: "prompt_size" in r, serving.batch, ("splitwise-prompt", "splitwise-token"), (), 500))  # fmt: skip
     found.append(Stage("hopper", "hopper", {"matmul": 0.7, "matmul-fp8": 0.6, "memory-bf16": 0.8, "memory-fp8": 0.75, "memory-fp4": 0.5, "kernel": 1.2, "link_base": 2.5},
                        lambda r: r.get("mode") == "agg" and r["backend"] != "sglang" and (r["concurrency"] or "999") in ("4", "8", "16", "32", "64"),
                        serving.closed, ("serving-tpot",), ("matmul", "matmul-fp8", "memory-bf16", "memory-fp8", "memory-fp4"), 160, 90))  # fmt: skip
-    for engine in ("trtllm", "vllm", "sglang"):
+    for engine in ("trtllm", "vllm", "sglang", "sglang-0.5.1"):
         for mode in ("agg", "disagg"):
             name = engine + ("-disagg" if mode == "disagg" else "")
-            first = {"decode": 1.05, "step_ms": 1.0, "sequence_us": 10.0, "first": 1.5, "burst": 0.06, "intake_ms": 20.0 if mode == "agg" else 500.0}
+            first = {"decode": 1.05, "step_ms": 1.0, "sequence_us": 10.0, "first": 1.5, "burst": 0.06, "crowding": 0.9, "intake_ms": 20.0 if mode == "agg" else 500.0}
             first |= {"share": 0.9, "memory": 0.88} if mode == "agg" else {}
-            found.append(Stage(f"serving {name}", f"engine-{name}", first, engine_rows(engine, mode), serving.closed,
+            found.append(Stage(f"serving {name}", f"engine-{name}", first, engine_rows(name), serving.closed,
                                ("serving-ttft", "serving-tpot"), (), 400))  # fmt: skip
+    t, names = training.forecast, ("training-sc21", "training-other", "training-single-node", "training-tuning-log", "training-v100-log", "training-llm-foundry")
+    found += [
+        Stage("training megatron", "training",
+              {"sustained": 1.1, "launch": 10.0, "norm": 4.0, "network": 0.7, "pipeline": 0.5, "message_us": 50.0, "step_ms": 8.0},
+              lambda r: published("SC21", "2205.05198", "tables.tex", "2401.10241", "Vocabulary", "playbook")(r) and "ZeRO" not in r["note"]
+              or (published("vTrain")(r) and int(fingerprint(r), 16) % 6 == 0), t, names, (), 500),
+        Stage("training ampere", "ampere", {"unaligned": 0.05}, published("prequel"), t, names, (), 40),
+        Stage("training deepspeed", "training-deepspeed", {"sustained": 1.35, "network": 0.8, "pipeline": 0.8, "message_us": 300.0},
+              published("prequel"), t, names, (), 200),
+        Stage("training zero", "training-deepspeed", {"exposed": 0.9}, lambda r: "ZeRO-3" in r.get("note", ""), t, names, (), 40),
+        Stage("training unaligned", "ampere", {"unaligned": 0.05}, published("prequel"), t, names, (), 40),
+        Stage("training attention", "ampere", {"attention": 0.6}, published("foundry"), t, names, ("attention",), 40),
+        Stage("training fsdp", "training-fsdp", {"sustained": 1.25, "launch": 8.0, "exposed": 0.2, "step_ms": 10.0, "network": 0.6}, published("foundry"), t, names, (), 200),
+        Stage("training volta", "volta", {"matmul": 0.8}, published("gpt2.md", "V100"), t, names, ("matmul",), 40),
+    ]  # fmt: skip
     return found
 
 
-def engine_rows(engine: str, mode: str) -> Callable[[Row], bool]:
-    return lambda row: row.get("backend") == engine and row["mode"] == mode
+def published(*words: str) -> Callable[[Row], bool]:
+    """Training rows of certain sources; of two tables of one run, the one that gives a time."""
+
+    def wanted(row: Row) -> bool:
+        if "recompute" not in row or "no Flash" in row["note"] or (row["metric"] == "tflops_per_gpu" and "bigscience" in row["source"]) or (row["metric"] in ("mfu", "hfu") and "Vocab" not in row["source"]):
+            return False
+        return any(w in row["source"] for w in words) and not ("V100" in row["hardware"] and "gpt2.md" not in words)
+
+    return wanted
+
+
+def engine_rows(name: str) -> Callable[[Row], bool]:
+    """Closed-loop rows whose engine and version are served by one set of constants."""
+    return lambda row: "backend" in row and (row["mode"] == "disagg") == name.endswith("disagg") and serving.engine_of(row) == name
 
 
 def put(table: str, name: str, value: float, **more: object) -> None:
@@ -120,6 +142,8 @@ def put(table: str, name: str, value: float, **more: object) -> None:
     costmodel.forget()
     if not table.startswith("engine-"):
         closed_loop._step_seconds.cache_clear()
+    if not table.startswith("training"):
+        step_model._parts.cache_clear()
 
 
 def ratios(rows: Sequence[Row], stage: Stage, only: str = "") -> np.ndarray:
@@ -134,15 +158,15 @@ def ratios(rows: Sequence[Row], stage: Stage, only: str = "") -> np.ndarray:
 
 
 def solve(stage: Stage, rows: list[Row]) -> np.ndarray:
-    """Minimise the mean |log ratio| of a stage's rows over its constants; what they are is left in `fitted()`."""
+    """Minimise the mean of |ratio - 1| and |log ratio|, both capped, of a stage's rows over its constants; what they are is left in `fitted()`."""
     names, guess = list(stage.first), np.log(list(stage.first.values()))
     first = np.log([fitted()[stage.table][name]["median"] for name in names])
 
     def loss(point: np.ndarray) -> float:
         for name, value in zip(names, point, strict=True):
             put(stage.table, name, float(np.exp(value)))
-        found = np.log(ratios(rows, stage))
-        return float(np.mean(np.minimum(np.abs(found), 1.5))) + 0.01 * float(np.mean((point - guess) ** 2))
+        found = ratios(rows, stage)
+        return float(np.mean(np.minimum(np.abs(found - 1), 1.5) + np.minimum(np.abs(np.log(found)), 1.5))) / 2 + 0.01 * float(np.mean((point - guess) ** 2))
 
     best = minimize(loss, first, method="Nelder-Mead", options={"maxfev": stage.steps, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": _simplex(first)})
     loss(best.x)
@@ -172,8 +196,8 @@ def main() -> None:
         wanted = [row for row in everything if _is(stage, row)]
         if len(wanted) < 12:
             continue
-        fit = [row for row in wanted if half(*configuration(row)) == 0]
-        held = [row for row in wanted if half(*configuration(row)) == 1]
+        fit = [row for row in wanted if half(row) == 0]
+        held = [row for row in wanted if half(row) == 1]
         for name, value in stage.first.items():
             if name not in fitted().get(stage.table, {}):
                 put(stage.table, name, value)
@@ -189,9 +213,12 @@ def main() -> None:
         shown = ", ".join(f"{n}={fitted()[stage.table][n]['median']:.3g}" for n in stage.first)
         for name in stage.names if len(stage.names) > 1 else ():
             part = ratios(held, stage, name)
+            if not len(part):
+                continue
             print(f"    {name:<18} held {np.mean(np.abs(part - 1)):>6.1%}  median {np.median(part):.2f}")
         print(f"{stage.name:<22} {len(found):>4} {np.mean(np.abs(found - 1)):>6.1%} {len(out):>5} {np.mean(np.abs(out - 1)):>6.1%}   {shown}  [{time.monotonic() - begun:.0f} s]", flush=True)
     if "--write" in sys.argv:
+        spread(tables)
         write(tables)
 
 
@@ -215,11 +242,25 @@ HEADER = """\
 """
 
 
+def spread(tables: dict[str, list[Row]]) -> None:
+    """The residuals of the fitted half: the 80 % interval of every kind of forecast, and the null model of every set."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for rows in tables.values():
+        for row in rows:
+            if half(row) == 0:
+                for forecast in validate.forecasts(row):
+                    found.setdefault(("residuals", forecast.key), []).append(forecast.measured / forecast.predicted)
+                    found.setdefault(("null", forecast.name), []).append(forecast.measured / forecast.bound)
+    for (table, name), values in sorted(found.items()):
+        low, median, high = np.quantile(values, (0.1, 0.5, 0.9))
+        put(table, name, float(median), low=float(low), high=float(high), rows=len(values))
+
+
 def write(tables: dict[str, list[Row]]) -> None:
     """Write the constants, and the fingerprints of every row in the fitted half."""
     lines = [HEADER]
     for table, entries in fitted().items():
-        lines.append(f"[{table}]")
+        lines.append(f"[\"{table}\"]" if "." in table else f"[{table}]")
         for name, entry in entries.items():
             if isinstance(entry, list):
                 lines.append(f"{name} = [{', '.join(chr(34) + str(v) + chr(34) for v in entry)}]")
@@ -228,7 +269,7 @@ def write(tables: dict[str, list[Row]]) -> None:
                 lines.append(f"{name} = {{ {cells} }}")
         lines.append("")
     (DATA / "efficiency.toml").write_text("\n".join(lines))
-    known = sorted({fingerprint(row) for rows in tables.values() for row in rows if half(*configuration(row)) == 0})
+    known = sorted({fingerprint(row) for rows in tables.values() for row in rows if half(row) == 0})
     (DATA / "fitted_rows.txt").write_text("\n".join(known) + "\n")
     print(f"wrote {DATA / 'efficiency.toml'} and {len(known)} fingerprints")
 

@@ -85,7 +85,9 @@ def test_the_square_commutes(technique: type[Rewrites]) -> None:
     if example.step.phase == "train":
         predicted = training(predicted)
     for exact in ("flop", "weight_bytes", "cache_bytes"):
-        assert getattr(matrix_work(found, example.step), exact) == pytest.approx(getattr(matrix_work(predicted, example.step), exact), rel=1e-9), exact
+        assert getattr(matrix_work(found, example.step), exact) == pytest.approx(
+            getattr(matrix_work(predicted, example.step), exact), rel=1e-9
+        ), exact
     whole, foreseen = total(found, example.step), total(predicted, example.step)
     assert whole.flop == pytest.approx(foreseen.flop, rel=1e-3)
     assert found.weight_bytes == pytest.approx(predicted.weight_bytes, rel=1e-3)

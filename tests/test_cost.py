@@ -13,7 +13,7 @@ from narrows.cost import CAUSES, cost, total
 from narrows.costmodel import op_time, tile_use
 from narrows.diagnose import as_json, diagnose, seconds
 from narrows.footprint import footprint
-from narrows.graph import Graph
+from narrows.graph import Graph, at
 from narrows.kinds import KINDS
 from narrows.machine import machine, machines
 from narrows.parallel import tensor_parallel
@@ -134,6 +134,51 @@ def test_devices_share_the_work_of_a_model(name: str) -> None:
     layers = max(op.repeat for op in graph)
     reduces = sum(op.repeat for op in cut if op.kind == "all_reduce" and op.repeat > 1)
     assert reduces in (layers, 2 * layers)  # after attention and after the MLP; one where both share a residual
+
+
+def test_what_a_device_does_to_its_share_is_a_share() -> None:
+    """Activations, rotations and scans between a column cut and a row cut work on one part of n; residuals and norms on all."""
+    step = Step.prefill(1, 512)
+    for name, kinds in (
+        ("llama-3.1-8b", ("act_fn", "rope")),
+        ("qwen3-8b", ("q_norm",)),
+        ("mamba-2.8b", ("scan", "conv1d", "gate")),
+    ):
+        graph = capture(name)
+        whole = {op.name: op for op in graph}
+        for op in tensor_parallel(graph, 4):
+            if op.name.endswith(kinds):
+                assert cost(op, step).write_bytes == pytest.approx(cost(whole[op.name], step).write_bytes / 4), op.name
+    state = [footprint(g, step).kv_bytes for g in (capture("mamba-2.8b"), tensor_parallel(capture("mamba-2.8b"), 4))]
+    assert state[1] == pytest.approx(state[0] / 4)
+
+
+def test_the_inputs_of_cut_products_are_kept_whole() -> None:
+    """Korthikanti et al. (2022), equation 2: without sequence parallelism norms and their results are kept by each device."""
+    graph, step = capture("llama-3.1-8b"), Step.train(1, 2048)
+    kept = lambda n: sum(at(op.saved, step) * op.repeat for op in tensor_parallel(graph, n))  # noqa: E731
+    whole = 4 * 4096 * 2048 * 32 + 2 * 4096 * 2048  # per layer two norms' inputs and results; the last norm's, the head's
+    assert kept(8) == whole + (kept(1) - whole) / 8
+
+
+def test_training_keeps_the_logits_of_the_loss() -> None:
+    graph, step = capture("llama-3.2-1b"), Step.train(2, 512)
+    logits = 2 * 512 * 128256 * 4
+    assert footprint(graph, step).temporary_bytes > logits
+    kept = sum(at(op.saved, step) * op.repeat for op in graph) * 2
+    assert footprint(graph, step).activation_bytes == kept + logits
+
+
+def test_inference_holds_what_is_read_later() -> None:
+    """At the widest place of a gated MLP: the residual stream, both halves and their product (the norm's result is done with)."""
+    found = footprint(capture("llama-3.1-8b"), Step.prefill(1, 2048))
+    assert found.activation_bytes == 2048 * (4096 + 3 * 14336) * 2
+
+
+def test_a_graph_that_says_not_what_it_saves_keeps_every_result() -> None:
+    found = diagnose(capture("resnet-50"), H100, Step.train(8))
+    assert 8 * 80e6 < found.footprint.activation_bytes < 8 * 180e6
+    assert any("every result" in note for note in found.notes)
 
 
 def test_eager_is_slower_where_launches_limit() -> None:

@@ -53,7 +53,9 @@ def test_an_op_that_makes_no_sense_is_refused(change: dict) -> None:
 
 
 def test_folding_joins_layers_that_differ_in_their_index() -> None:
-    graph = Graph("g", (linear("layers.0.q"), linear("layers.1.q", inputs=("layers.0.q",)), linear("layers.2.q", inputs=("layers.1.q",))))
+    graph = Graph(
+        "g", (linear("layers.0.q"), linear("layers.1.q", inputs=("layers.0.q",)), linear("layers.2.q", inputs=("layers.1.q",)))
+    )
     folded = graph.fold()
     assert [(op.name, op.repeat) for op in folded] == [("layers.*.q", 1), ("layers.*.q", 2)]
     assert folded.parameters == graph.parameters
@@ -61,11 +63,19 @@ def test_folding_joins_layers_that_differ_in_their_index() -> None:
 
 
 def test_a_graph_file_reads_back_equal() -> None:
-    graph = Graph("g", (linear(saved=T, segments=2, act=FP32), Op("a", "checkpoint", {"elements": T})), "config.json", ("a note",), eager=True)
+    graph = Graph(
+        "g",
+        (linear(saved=T, segments=2, act=FP32), Op("a", "checkpoint", {"elements": T})),
+        "config.json",
+        ("a note",),
+        eager=True,
+    )
     assert Graph.from_json(graph.to_json()) == graph
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "narrows-graph-2"}', '{"format": "narrows-graph-1", "ops": [1]}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": "narrows-graph-2"}', '{"format": "narrows-graph-1", "ops": [1]}', "[" * 100_000]
+)
 def test_a_bad_graph_file_gives_one_clear_error(text: str) -> None:
     with pytest.raises(NarrowsError, match=r"file\.json"):
         Graph.from_json(text, "file.json")

@@ -49,7 +49,9 @@ def test_evicted_prompts_hold_their_budget() -> None:
     assert Step.decode(1, 1000)["held[past=100]"] == 101
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 0}, {"new": -1}, {"past": 1.5}, {"batch": float("nan")}, {"phase": "decoding"}, {"new": []}])
+@pytest.mark.parametrize(
+    "wrong", [{"batch": 0}, {"new": -1}, {"past": 1.5}, {"batch": float("nan")}, {"phase": "decoding"}, {"new": []}]
+)
 def test_sizes_that_are_none_are_refused(wrong: dict) -> None:
     with pytest.raises(NarrowsError):
         Step(**wrong)

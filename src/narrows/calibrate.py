@@ -5,12 +5,13 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from narrows.errors import NarrowsError
+from narrows.errors import NarrowsError, require
 from narrows.machine import Machine, Memory
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ def calibrate(progress: Callable[[str], None] = lambda _: None) -> Machine:
 
     Peaks are the best product measured, so that every fraction of them is below one; a format's fraction
     (`matmul-int4`) is the median over the shapes, with the 10 % and 90 % quantile. Bandwidths are those of a
-    product with one row, which reads its matrix once: that is what decoding does.
+    product with one row, which reads its matrix once: that is what decoding does. Tiles count as one number each,
+    since what a shape loses is in those fractions already.
     """
+    require("calibrating this machine", "hf", "torch", "transformers")
     import torch
 
     threads = torch.get_num_threads()
@@ -60,16 +63,20 @@ def _measure(torch, progress: Callable[[str], None]) -> Machine:  # type: ignore
     rates: dict[str, list[float]] = {}  # FLOP/s over the shapes, by format
     streams: dict[str, list[float]] = {}  # bytes/s of a one-row product, by format
 
-    def measure(name: str, dtype: "torch.dtype", layer: Callable[[int, int], "torch.nn.Module"], shapes: int = len(SHAPES)) -> None:
+    def measure(
+        name: str, dtype: "torch.dtype", layer: Callable[[int, int], "torch.nn.Module"], shapes: int = len(SHAPES)
+    ) -> None:
         progress(f"products in {name}")
-        rates[name] = [2 * m * k * n / min(cpu_seconds(_call(layer(k, n), torch.ones(m, k, dtype=dtype)))) for m, k, n in SHAPES[:shapes]]
-        streams[name] = [_stream(lambda k=k, n=n: layer(k, n), torch.ones(1, k, dtype=dtype)) for k, n in STREAMS[:shapes]]
+        rates[name] = [
+            2 * m * k * n / min(cpu_seconds(_call(layer(k, n), torch.ones(m, k, dtype=dtype)))) for m, k, n in SHAPES[:shapes]
+        ]
+        streams[name] = [_stream(partial(layer, k, n), torch.ones(1, k, dtype=dtype)) for k, n in STREAMS[:shapes]]
 
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        measure(name, dtype, lambda k, n, dtype=dtype: _plain(k, n, dtype))
+        measure(name, dtype, partial(_plain, dtype=dtype))
     for bits in (8, 4):
         for act, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            measure(f"int{bits}-{act}", dtype, lambda k, n, bits=bits: _packed(k, n, bits), shapes=3)
+            measure(f"int{bits}-{act}", dtype, partial(_packed, bits=bits), shapes=3)
     progress("copies and dispatch")
     source_tensor = torch.ones(STREAM_BYTES // 4)
     target = torch.empty_like(source_tensor)
@@ -87,7 +94,7 @@ def _measure(torch, progress: Callable[[str], None]) -> Machine:  # type: ignore
     machine = Machine(
         name="here", title=f"{_cpu_name()}, one thread", kind="cpu", peak_flop_per_s=peaks,
         memories=(Memory("dram", memory, bandwidth),), links=(), units=1, launch_seconds=dispatch, kernel_seconds=dispatch,
-        tile=(16, 16), power_watts=None, idle_watts=None, price_per_hour=None, storage=None, efficiency=efficiency,
+        tile=(1, 1), power_watts=None, idle_watts=None, price_per_hour=None, storage=None, efficiency=efficiency,
         provenance="calibrated", sources={},
     )  # fmt: skip
     return replace(machine, sources=dict.fromkeys(machine.figures(), source))
@@ -114,7 +121,7 @@ def _plain(inputs: int, outputs: int, dtype: "torch.dtype") -> "torch.nn.Module"
 def _stream(layer: Callable[[], "torch.nn.Module"], x: "torch.Tensor") -> float:
     """Bytes per second at which one-row products read layers that no cache holds."""
     first = layer()
-    size = sum(t.numel() * t.element_size() for t in (*first.parameters(), *first.buffers()))
+    size: int = sum(t.numel() * t.element_size() for t in (*first.parameters(), *first.buffers()))
     start = time.process_time()
     first(x)
     affordable = int(0.2 / (time.process_time() - start))  # a slow layer needs no more: the time is not the memory's
@@ -140,7 +147,13 @@ def _dispatch_seconds(torch) -> float:  # type: ignore[no-untyped-def]
 
     found = []
     for layers in (2, 14):
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 64,
+        }
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes)).eval()
         kernels = sum(op.kernels * op.repeat for op in from_module(model, Step.decode(1, 32)))
         found.append((kernels, min(cpu_seconds(generation_steps(model, 32, 32)["decode"], rounds=15, least=0.01))))
@@ -177,6 +190,8 @@ def here(progress: Callable[[str], None] = lambda _: None) -> Machine:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise NarrowsError(f"it cannot be made ({error.strerror}).", where=str(file.parent), remedy="Set NARROWS_HOME to a folder.") from None
+        raise NarrowsError(
+            f"it cannot be made ({error.strerror}).", where=str(file.parent), remedy="Set NARROWS_HOME to a folder."
+        ) from None
     found.save(file)
     return found

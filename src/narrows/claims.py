@@ -10,10 +10,11 @@ import io
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from narrows.errors import NarrowsError
 from narrows.figures import write
@@ -50,10 +51,15 @@ def reproduce(slug: str, with_baseline: bool = False) -> list[Evidence]:
 
 def _measure(ours: Technique, claim: Claim, with_baseline: bool) -> Evidence:
     slug = ours.card.slug
-    module = importlib.import_module(f"narrows.experiments.{module_name(slug)}")
+    try:
+        module = importlib.import_module(f"narrows.experiments.{module_name(slug)}")
+    except ModuleNotFoundError as error:
+        raise NarrowsError(f"it needs {error.name}.", where=f"reproduce: {slug}", remedy="pip install 'narrows[hf]'.") from error
     experiment = getattr(module, claim.name, None)
     if experiment is None:
-        raise NarrowsError(f"no function {claim.name!r}.", where=module.__name__, remedy="An experiment has the name of its claim.")
+        raise NarrowsError(
+            f"no function {claim.name!r}.", where=module.__name__, remedy="An experiment has the name of its claim."
+        )
     start = time.perf_counter()
     figure = float(experiment(ours))
     seconds = time.perf_counter() - start
@@ -101,10 +107,15 @@ def kept() -> tuple[Evidence, ...]:
     path = results_file()
     if not path.is_file():
         return ()
-    kinds = {f.name: f.type for f in fields(Evidence)}
-    read = {float: float, bool: lambda text: text == "True", str: str, float | None: lambda text: float(text) if text else None}
+    kinds: dict[str, Any] = {f.name: f.type for f in fields(Evidence)}
+    read: dict[Any, Callable[[str], Any]] = {
+        float: float,
+        bool: lambda text: text == "True",
+        str: str,
+        float | None: lambda text: float(text) if text else None,
+    }
     with path.open(newline="") as file:
-        return tuple(Evidence(**{k: read[kinds[k]](v) for k, v in row.items()}) for row in csv.DictReader(file))  # type: ignore[index, arg-type]
+        return tuple(Evidence(**{k: read[kinds[k]](v) for k, v in row.items()}) for row in csv.DictReader(file))
 
 
 def passing(slug: str) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from narrows.errors import NarrowsError
+from narrows.errors import NarrowsError, require
 
 if TYPE_CHECKING:
     from narrows.graph import Graph
@@ -76,6 +76,7 @@ step_options = _options(
     click.option("--source", default=0, help="Tokens that an encoder reads (encoder-decoders)."),
     click.option("--devices", "-n", default=1, show_default=True, help="Devices that share the model (tensor parallelism)."),
     click.option("--replicas", default=1, show_default=True, help="Data-parallel copies that exchange gradients (--train)."),
+    click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Run it in this dtype (default: the model's own)."),
     click.option("--eager", is_flag=True, help="As plain PyTorch runs it: one kernel per operator, launched by the host."),
 )
 
@@ -89,16 +90,24 @@ def _step(phase: str | None, batch: int, prompt: int, context: int, source: int,
     return Step(batch, prompt, 0, source, phase)
 
 
-def _captured(model: str, phase: str | None, batch: int, prompt: int, context: int, source: int, eager: bool) -> "tuple[Graph, Step]":
+def _captured(model: str, phase: str | None, batch: int, prompt: int, context: int, source: int, dtype: str | None,
+              eager: bool) -> "tuple[Graph, Step]":  # fmt: skip
     from dataclasses import replace
 
     from narrows.capture import capture
+    from narrows.free import cast
+    from narrows.graph import DTYPES
 
     graph = capture(model, _step(phase, batch, prompt, context, source) if ":" in model else None)
     causal = any(op.kind in ("attention", "latent_attention", "scan") and op["held"] for op in graph)
-    step = _step(phase, batch, prompt, context, source, causal)
+    reads_tokens = any(field.startswith(("tokens", "pairs", "context")) for field in graph.fields)
+    step = _step(phase, batch, prompt if reads_tokens or ":" in model else 1, context, source, causal)
     if step.phase in ("prefill", "decode") and not causal and ":" not in model:
         raise NarrowsError(f"{graph.name} keeps no cache.", where=f"--{step.phase}", remedy="Use --forward or --train.")
+    if not source and any("source" in field for field in graph.fields):
+        raise NarrowsError(f"{graph.name} has an encoder.", where="--source", remedy="Give the tokens that it reads, like --source 512.")
+    if dtype:
+        graph = cast(graph, DTYPES[dtype])
     return (replace(graph, eager=True) if eager else graph), step
 
 
@@ -154,12 +163,12 @@ def capture(model: str, out: str | None, as_json: bool) -> None:
     from narrows.report.terminal import show_graph
 
     graph = read(model)
-    if out:
+    if out is not None:
         _write(out, graph.to_json())
     if as_json:
         _print({"model": graph.name, "source": graph.source, "parameters": graph.parameters, "weight_bytes": graph.weight_bytes,
                 "notes": graph.notes, "ops": json.loads(graph.to_json())["ops"]})  # fmt: skip
-    elif not out:
+    elif out is None:
         show_graph(graph, _console())
 
 
@@ -170,13 +179,13 @@ def capture(model: str, out: str | None, as_json: bool) -> None:
 @click.option("--html", type=click.Path(dir_okay=False), help="Also write a report with plots to this file.")
 @as_json_option
 def diagnose(model: str, machine: str, phase: str | None, batch: int, prompt: int, context: int, source: int, devices: int,
-             replicas: int, eager: bool, html: str | None, as_json: bool) -> None:  # fmt: skip
+             replicas: int, dtype: str | None, eager: bool, html: str | None, as_json: bool) -> None:  # fmt: skip
     """Where the time of one step of MODEL goes on a machine, what limits it, and whether it fits."""
     from narrows import diagnose as diagnosing
 
-    graph, step = _captured(model, phase, batch, prompt, context, source, eager)
+    graph, step = _captured(model, phase, batch, prompt, context, source, dtype, eager)
     found = diagnosing.diagnose(graph, _machine(machine), step, devices, replicas)
-    if html:
+    if html is not None:
         from narrows.report.html import report
 
         _write(html, report([found]))
@@ -192,17 +201,19 @@ def diagnose(model: str, machine: str, phase: str | None, batch: int, prompt: in
 @click.argument("model")
 @machine_option
 @step_options
+@click.option("--within", type=float, help="Only plans that are exact, or whose measured perplexity is at most this times the original's.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Also write a report with plots to this file.")
 @as_json_option
 def prescribe(model: str, machine: str, phase: str | None, batch: int, prompt: int, context: int, source: int, devices: int,
-              replicas: int, eager: bool, html: str | None, as_json: bool) -> None:  # fmt: skip
+              replicas: int, dtype: str | None, eager: bool, within: float | None, html: str | None, as_json: bool) -> None:  # fmt: skip
     """Which techniques would help this step, by how much, at what price, and why not the others."""
     from narrows import prescribe as prescribing
 
-    graph, step = _captured(model, phase, batch, prompt, context, source, eager)
+    graph, step = _captured(model, phase, batch, prompt, context, source, dtype, eager)
     with _progress("trying techniques") as tell:
         found = prescribing.prescribe(graph, _machine(machine), step, devices, replicas, tell)
-    if html:
+    found = found.within(within) if within else found
+    if html is not None:
         from narrows.report.html import report
 
         _write(html, report([found.before], found))
@@ -223,6 +234,7 @@ def prescribe(model: str, machine: str, phase: str | None, batch: int, prompt: i
 @as_json_option
 def apply(model: str, plan: str, out: str, text: str | None, overwrite: bool, as_json: bool) -> None:
     """Apply a plan to MODEL (a directory, .gguf or sample name) and write a directory that transformers loads."""
+    require("narrows apply", "hf", "torch", "transformers", "safetensors")
     from narrows import workflow
 
     with _progress("applying") as tell:
@@ -251,6 +263,7 @@ def apply(model: str, plan: str, out: str, text: str | None, overwrite: bool, as
 def verify(before: str, after: str, machine: str, text: str | None, quality: str | None, prompt: int, context: int,
            max_perplexity: float, rounds: int, html: str | None, results: str | None, as_json: bool) -> None:  # fmt: skip
     """Measure AFTER (a directory written by apply) beside BEFORE: quality, speed, bytes, and the prediction. Exit 1 if it fails."""
+    require("narrows verify", "hf", "torch", "transformers", "safetensors")
     from narrows import verify as verifying
     from narrows import workflow
 
@@ -258,7 +271,7 @@ def verify(before: str, after: str, machine: str, text: str | None, quality: str
     with _progress("verifying") as tell:
         gate = verifying.Gate(perplexity=max_perplexity)
         found, diagnoses = workflow.verify(before, after, target, text, quality, prompt, context, gate, rounds, tell)
-    if html:
+    if html is not None:
         from narrows.report.html import report
 
         _write(html, report(diagnoses, None, found))
@@ -274,6 +287,16 @@ def verify(before: str, after: str, machine: str, text: str | None, quality: str
         sys.exit(1)
 
 
+def _known_family(name: str | None) -> str | None:
+    from narrows.errors import closest
+    from narrows.papers import papers
+
+    known = sorted({p.family for p in papers()})
+    if name is not None and name not in known:
+        raise NarrowsError(f"no family is called {name!r}.", where="--family", remedy=closest(name, known))
+    return name
+
+
 @cli.command()
 @click.option("--family", help="Only this family.")
 @click.option("--status", "wanted", type=click.Choice(["described", "built", "works"]), help="Only rows of this status.")
@@ -282,6 +305,7 @@ def papers(family: str | None, wanted: str | None, as_json: bool) -> None:
     """The 484 papers with their status: described, built, or works (every claim's check passes)."""
     from narrows import claims
 
+    family = _known_family(family)
     rows = [row for row in claims.table() if family in (None, row["family"]) and wanted in (None, row["status"])]
     if as_json:
         _print(rows)
@@ -306,7 +330,8 @@ def reproduce(slugs: tuple[str, ...], family: str | None, every: bool, with_base
     from narrows.papers import paper
     from narrows.technique import built
 
-    chosen = list(slugs) or [s for s in built() if every or (family and paper(s).family == family)]
+    family = _known_family(family)
+    chosen = list(slugs) or [s for s in built() if every or paper(s).family == family]
     if not chosen:
         raise NarrowsError("no technique is named.", where="reproduce", remedy="Give slugs, --family or --all.")
     found = []

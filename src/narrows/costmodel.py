@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from narrows.cost import Cost, cost
-from narrows.graph import Op
+from narrows.graph import FP16, DType, Op
 from narrows.kinds import COLLECTIVES
 from narrows.machine import Machine
 from narrows.step import Amount, Step
@@ -91,12 +91,14 @@ def tile_use(rows: Any, outputs: Any, matrices: Any, machine: Machine) -> Any:
     best: Any = 0.0
     tile_rows, tile_outputs, units = *machine.tile, machine.units
     work = rows * outputs * matrices
-    down = [np.ceil(rows / max(tile_rows >> h, 8)) * matrices for h in range(4)]
-    across = [np.ceil(outputs / max(tile_outputs >> h, 8)) for h in range(3)]
+    sides_down = [max(tile_rows >> h, min(tile_rows, 8)) for h in range(4)]
+    sides_across = [max(tile_outputs >> h, min(tile_outputs, 8)) for h in range(3)]
+    down = [np.ceil(rows / side) * matrices for side in sides_down]
+    across = [np.ceil(outputs / side) for side in sides_across]
     for h_rows, tiles_down in enumerate(down):
         for h_outputs, tiles_across in enumerate(across):
             tiles = np.maximum(tiles_down * tiles_across, 1.0)
-            area = units * max(tile_rows >> h_rows, 8) * max(tile_outputs >> h_outputs, 8)
+            area = units * sides_down[h_rows] * sides_across[h_outputs]
             useful = work / (np.ceil(tiles / units) * area)
             split = np.maximum(1.0, np.floor(units / tiles))  # few tiles: cut the inner dimension as well
             best = np.maximum(best, np.minimum(useful * split, 1.0) * 0.9 ** (h_rows + h_outputs))
@@ -131,7 +133,7 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
     if op.kind == "checkpoint":
         return OpTime({}, 0.0, 0.0)
     work, dims = cost(op, step, eager), op.sized(step)
-    what, weight = _class(op), f"-{(op.weight or op.act).name}-{op.act.name}"
+    what, weight = _class(op), f"-{_name(op.weight or op.act)}-{_name(op.act)}"
     compute, memory, link = achieved(machine, what + weight), achieved(machine, _stream(op, weight)), achieved(machine, "link")
     peak = machine.peak(op.compute or op.act.name) if op.spec.matmul else machine.peak("fp32")
     ideal = work.flop / peak
@@ -178,10 +180,14 @@ def _class(op: Op) -> str:
     return "matmul" if op.spec.matmul else "vector"
 
 
+def _name(dtype: DType) -> str:
+    return "bf16" if dtype == FP16 else dtype.name  # the same kernels
+
+
 def _stream(op: Op, weight: str) -> str:
     """Which kernel's share of the memory bandwidth counts: weights are streamed, norms and pointwise ops have their own."""
     if op.spec.matmul or op.kind == "embedding":
-        return "memory" + weight
+        return "memory" + weight if op.weight else "memory"
     return "memory-norm" if op.kind == "norm" else "memory-pointwise"
 
 

@@ -15,7 +15,7 @@ from narrows.errors import NarrowsError
 from narrows.footprint import Footprint, footprint
 from narrows.graph import Graph, Op
 from narrows.machine import Machine
-from narrows.parallel import tensor_parallel
+from narrows.parallel import require_cut, tensor_parallel
 from narrows.step import Amount, Step
 
 # what-if: how Machine.scaled is told to widen a limit
@@ -116,11 +116,14 @@ def prepared(graph: Graph, step: Step, machine: Machine, devices: int = 1, repli
         if count < 1:
             raise NarrowsError(f"{count} is not a number of {name}.", where=name, remedy="Give 1 or more.")
         if count > 1 and not machine.links:
-            raise NarrowsError(f"{machine.name} has no link to others.", where=name, remedy=f"Give 1 of {name}, or a machine with a link.")
+            raise NarrowsError(
+                f"{machine.name} has no link to others.", where=name, remedy=f"Give 1 of {name}, or a machine with a link."
+            )
     if replicas > 1 and step.phase != "train":
         raise NarrowsError(f"replicas do not meet in a {step.phase} step.", where="replicas", remedy="Use --train, or --devices.")
     if replicas > 1 and devices > 1:
         raise NarrowsError("both cannot share one link here.", where="replicas", remedy="Give --devices or --replicas.")
+    require_cut(graph, devices)
     cut = tensor_parallel(graph, devices)
     if step.phase != "train":
         return cut
@@ -141,8 +144,8 @@ def seconds(graph: Graph, machine: Machine, step: Step, devices: int = 1) -> tup
 def diagnose(graph: Graph, machine: Machine, step: Step, devices: int = 1, replicas: int = 1) -> Diagnosis:
     """Where the time of one step goes on a machine, what limits it, and what widening each limit would give.
 
-    `devices` > 1 cuts the model over that many by tensor parallelism; `replicas` > 1 train it data-parallel. Raises NarrowsError for a step of several
-    points (use `seconds` for those).
+    `devices` > 1 cuts the model over that many by tensor parallelism; `replicas` > 1 train it data-parallel. Raises
+    NarrowsError for a step of several points (use `seconds` for those).
     """
     if np.ndim(step["tokens"]):
         raise NarrowsError("the step has several points.", where="diagnose", remedy="Diagnose one at a time, or use `seconds`.")
@@ -156,7 +159,7 @@ def diagnose(graph: Graph, machine: Machine, step: Step, devices: int = 1, repli
 
     whole = sum((o.cost for o in ops), Cost())
     what_if = {limit: (faster(limit, 1.1), faster(limit, 2.0)) for limit in WIDENED} if base else {}
-    return Diagnosis(graph.name, machine, devices, step, ops, whole, footprint(ready, step), what_if, graph.notes)
+    return Diagnosis(graph.name, machine, devices, step, ops, whole, footprint(ready, step), what_if, ready.notes)
 
 
 def _diagnose_op(op: Op, step: Step, machine: Machine, eager: bool) -> OpDiagnosis:
@@ -172,13 +175,28 @@ def _diagnose_op(op: Op, step: Step, machine: Machine, eager: bool) -> OpDiagnos
 
 def as_json(found: Diagnosis) -> dict[str, Any]:
     """A diagnosis as plain data: the stable contract of `narrows diagnose --json` (SI units)."""
-    memory = {name: round(float(getattr(found.footprint, name))) for name in
-              ("weights_bytes", "kv_bytes", "activation_bytes", "gradient_bytes", "optimizer_bytes", "temporary_bytes", "total_bytes")}  # fmt: skip
+    memory = {
+        name: round(float(getattr(found.footprint, name)))
+        for name in (
+            "weights_bytes",
+            "kv_bytes",
+            "activation_bytes",
+            "gradient_bytes",
+            "optimizer_bytes",
+            "temporary_bytes",
+            "total_bytes",
+        )
+    }
     return {
         "model": found.model,
         "machine": found.machine.name,
         "devices": found.devices,
-        "step": {"phase": found.step.phase, "sequences": found.step["sequences"], "tokens": found.step["tokens"], "context": found.step["context"]},
+        "step": {
+            "phase": found.step.phase,
+            "sequences": found.step["sequences"],
+            "tokens": found.step["tokens"],
+            "context": found.step["context"],
+        },
         "step_seconds": found.seconds,
         "interval": list(found.interval),
         "provenance": found.machine.provenance,
@@ -193,9 +211,20 @@ def as_json(found: Diagnosis) -> dict[str, Any]:
         "what_if": [{"limit": limit.value, "plus_10_percent": a, "times_2": b} for limit, (a, b) in found.what_if.items()],
         "notes": list(found.notes),
         "ops": [
-            {"name": o.op.name, "kind": o.op.kind, "phase": o.op.phase, "repeat": o.op.repeat, "seconds": o.seconds, "interval": [o.low_seconds, o.high_seconds],
-             "limit": o.limit.value, "flop": float(o.cost.flop), "read_bytes": float(o.cost.read_bytes), "write_bytes": float(o.cost.write_bytes),
-             "intensity": o.intensity, "bound_seconds": o.bound_seconds}
+            {
+                "name": o.op.name,
+                "kind": o.op.kind,
+                "phase": o.op.phase,
+                "repeat": o.op.repeat,
+                "seconds": o.seconds,
+                "interval": [o.low_seconds, o.high_seconds],
+                "limit": o.limit.value,
+                "flop": float(o.cost.flop),
+                "read_bytes": float(o.cost.read_bytes),
+                "write_bytes": float(o.cost.write_bytes),
+                "intensity": o.intensity,
+                "bound_seconds": o.bound_seconds,
+            }
             for o in found.ops
         ],
-    }  # fmt: skip
+    }

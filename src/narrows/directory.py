@@ -162,7 +162,7 @@ def _offline() -> Iterator[None]:
 # ---- load
 
 
-def load(source: str | Path, dtype: str = "float32") -> tuple["torch.nn.Module", Any]:
+def load(source: str | Path, dtype: str = "auto") -> tuple["torch.nn.Module", Any]:
     """(model, tokenizer or None) of a model directory, a .gguf file (unpacked), or a sample's name; in eval mode.
 
     dtype: a torch dtype's name for the weights that are stored as plain floats, or "auto" to leave them as they are.

@@ -31,11 +31,21 @@ def papers_page() -> str:
     """The index of the catalogue: every row with its derived status, by family."""
     rows = claims.table()
     count = {s: sum(r["status"] == s for r in rows) for s in ("works", "built", "described")}
-    lines = [_MADE, "# The papers", "",
-             f"{len(rows)} papers: {count['works']} work (every claim's check passes), {count['built']} are built, "
-             f"{count['described']} are described. `narrows papers --json` gives this table to machines.", ""]  # fmt: skip
+    lines = [
+        _MADE,
+        "# The papers",
+        "",
+        f"{len(rows)} papers: {count['works']} work (every claim's check passes), {count['built']} are built, "
+        f"{count['described']} are described. `narrows papers --json` gives this table to machines.",
+        "",
+    ]
     for family in dict.fromkeys(p.family for p in sorted(papers(), key=lambda p: p.family)):
-        lines += [f"## {family.replace('-', ' ').capitalize()}", "", "| technique | status | claims | widens | what it does |", "|---|---|---|---|---|"]
+        lines += [
+            f"## {family.replace('-', ' ').capitalize()}",
+            "",
+            "| technique | status | claims | widens | what it does |",
+            "|---|---|---|---|---|",
+        ]
         for p, row in zip(papers(), rows, strict=True):
             if p.family == family:
                 name = f"[{p.name}](techniques/{p.slug}.md)" if row["status"] != "described" else p.name
@@ -48,14 +58,26 @@ def papers_page() -> str:
 def technique_page(slug: str, technique: type[Technique]) -> str:
     """One technique: what its docstring says, its options, its claims with the kept evidence."""
     row, card = paper(slug), technique.card
+    file = f"techniques/{module_name(row.family)}/{module_name(slug)}.py"
     text = inspect.cleandoc(inspect.getmodule(technique).__doc__ or "")  # type: ignore[union-attr]
     face = next(base.__name__ for base in technique.__mro__[1:] if base.__module__ == "narrows.technique")
-    lines = [_MADE, f"# {row.name}", "", text, "", "## At a glance", "",
-             f"- Paper: *{row.title}*", f"- Status: {claims.status(slug)}", f"- Face: {face}",
-             f"- Relieves: {', '.join(card.relieves)}", f"- Helps: {', '.join(card.phases)}",
-             f"- {'Exact: the function stays the same' if card.exact else 'Approximate'}{'; ' + card.price if card.price else ''}",
-             f"- Code: [`techniques/{module_name(row.family)}/{module_name(slug)}.py`](../../src/narrows/techniques/{module_name(row.family)}/{module_name(slug)}.py)",
-             ""]  # fmt: skip
+    lines = [
+        _MADE,
+        f"# {row.name}",
+        "",
+        text,
+        "",
+        "## At a glance",
+        "",
+        f"- Paper: *{row.title}*",
+        f"- Status: {claims.status(slug)}",
+        f"- Face: {face}",
+        f"- Relieves: {', '.join(card.relieves)}",
+        f"- Helps: {', '.join(card.phases)}",
+        f"- {'Exact: the function stays the same' if card.exact else 'Approximate'}{'; ' + card.price if card.price else ''}",
+        f"- Code: [`{file}`](../../src/narrows/{file})",
+        "",
+    ]
     if fields(technique):  # type: ignore[arg-type]
         lines += ["## Options", "", "| option | default | others | |", "|---|---|---|---|"]
         for f in fields(technique):  # type: ignore[arg-type]
@@ -64,13 +86,27 @@ def technique_page(slug: str, technique: type[Technique]) -> str:
         lines.append("")
     if card.claims:
         known = {(e.slug, e.claim): e for e in claims.kept()}
-        lines += ["## Claims", "", "| claim | paper | ours | baseline | must be | how | passed |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            "## Claims",
+            "",
+            "| claim | paper | ours | baseline | must be | how | passed |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for c in card.claims:
             e = known.get((slug, c.name))
             ours = f"{e.ours:.4g} {e.unit} | {'' if e.baseline is None else f'{e.baseline:.4g}'}" if e else "not measured | "
             theirs = "a direction" if c.paper is None else f"{c.paper:g} {c.unit}"
-            lines.append(f"| {c.name.replace('_', ' ')} | {theirs} ({_cell(c.setting)}; {_cell(c.where)}) | {ours} | {c.tolerance} | {c.how} | {'yes' if e and e.passed else 'no'} |")
-        lines += ["", *(f"- *{c.name.replace('_', ' ')}*: {c.why}" for c in card.claims), "", f"Measure again: `narrows reproduce {slug}`.", ""]
+            lines.append(
+                f"| {c.name.replace('_', ' ')} | {theirs} ({_cell(c.setting)}; {_cell(c.where)}) | {ours} "
+                f"| {c.tolerance} | {c.how} | {'yes' if e and e.passed else 'no'} |"
+            )
+        lines += [
+            "",
+            *(f"- *{c.name.replace('_', ' ')}*: {c.why}" for c in card.claims),
+            "",
+            f"Measure again: `narrows reproduce {slug}`.",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -81,7 +117,14 @@ def results_page() -> str:
         with file.open(newline="") as opened:
             rows = list(csv.reader(opened))
         if len(rows) > 1:
-            lines += [f"## {file.stem.replace('_', ' ').capitalize()}", "", _line(rows[0]), _line(["---"] * len(rows[0])), *map(_line, rows[1:]), ""]
+            lines += [
+                f"## {file.stem.replace('_', ' ').capitalize()}",
+                "",
+                _line(rows[0]),
+                _line(["---"] * len(rows[0])),
+                *map(_line, rows[1:]),
+                "",
+            ]
     return "\n".join(lines)
 
 

@@ -38,7 +38,14 @@ def examine() -> list[dict[str, Any]]:
         except NarrowsError as error:
             rows.append(_row(name, "missing", False, error.remedy))
     kept = here_file().is_file()
-    rows.append(_row("machine `here`", "calibrated" if kept else "not yet", kept, "" if kept else "narrows calibrate, or it is done when first needed"))
+    rows.append(
+        _row(
+            "machine `here`",
+            "calibrated" if kept else "not yet",
+            kept,
+            "" if kept else "narrows calibrate, or it is done when first needed",
+        )
+    )
     return rows
 
 

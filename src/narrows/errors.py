@@ -28,3 +28,12 @@ def closest(word: str, known: list[str]) -> str:
     if near:
         return f"Did you mean {' or '.join(near)}?"
     return f"Known: {', '.join(sorted(known)[:12])}{', ...' if len(known) > 12 else ''}."
+
+
+def require(what: str, extra: str, *packages: str) -> None:
+    """Raises NarrowsError with the extra to install where one of the packages that `what` needs is missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise NarrowsError(f"it needs {' and '.join(missing)}.", where=what, remedy=f"pip install 'narrows[{extra}]'.")

@@ -67,7 +67,9 @@ def _largest(ops: tuple[Op, ...], step: Step) -> Any:
 def _alive(ops: tuple[Op, ...], step: Step) -> Any:
     """The most bytes of results that are alive at once: an op's own, and each that a later op still reads."""
     ends, readers = [0] * len(ops), dict[str, int]()
-    for i, op in reversed(list(enumerate(ops))):  # a folded layer has the names of the one before it: readers up to the next writer
+    for i, op in reversed(
+        list(enumerate(ops))
+    ):  # a folded layer has the names of the one before it: readers up to the next writer
         ends[i] = readers.pop(op.name, i)
         for name in op.inputs:
             readers.setdefault(name, i)

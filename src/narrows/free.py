@@ -5,13 +5,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from narrows.cost import Limit
-from narrows.graph import BF16, FP32, Graph
+from narrows.graph import BF16, FP16, FP32, DType, Graph, Op
 from narrows.machine import Machine
 from narrows.step import Step
 from narrows.technique import Card, Example, No, Rewrites, Stage, Verdict
 
 if TYPE_CHECKING:
     import torch
+
+
+def cast(graph: Graph, dtype: DType) -> Graph:
+    """The graph with every plain floating-point number in another dtype; packed weights stay packed."""
+
+    def to(old: DType | None) -> DType | None:
+        return dtype if old in (FP32, BF16, FP16) else old
+
+    return graph.map(lambda op: replace(op, act=to(op.act) or op.act, weight=to(op.weight), cache=to(op.cache)))
 
 
 def _mlp() -> Example:
@@ -26,8 +35,16 @@ def _mlp() -> Example:
 class Bf16(Rewrites):
     """Weights and activations as bfloat16: half the bytes, and the matrix units' native format."""
 
-    card: ClassVar[Card] = Card("bf16", (Limit.COMPUTE, Limit.BANDWIDTH, Limit.CAPACITY), ("prefill", "decode", "forward", "train"),
-                                exact=False, claims=(), price="rounding to 8 bits of mantissa", stage=Stage.QUANTIZE, touches=("dtype",))  # fmt: skip
+    card: ClassVar[Card] = Card(
+        "bf16",
+        (Limit.COMPUTE, Limit.BANDWIDTH, Limit.CAPACITY),
+        ("prefill", "decode", "forward", "train"),
+        exact=False,
+        claims=(),
+        price="rounding to 8 bits of mantissa",
+        stage=Stage.QUANTIZE,
+        touches=("dtype",),
+    )
 
     def baseline(self) -> "Bf16":
         return self
@@ -40,10 +57,7 @@ class Bf16(Rewrites):
         return True
 
     def rewrite(self, graph: Graph) -> Graph:
-        def cast(dtype):  # type: ignore[no-untyped-def]
-            return BF16 if dtype == FP32 else dtype
-
-        return graph.map(lambda op: replace(op, act=cast(op.act), weight=cast(op.weight), cache=cast(op.cache)))
+        return cast(graph, BF16)
 
     def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
         import torch
@@ -59,8 +73,16 @@ class Bf16(Rewrites):
 class Compile(Rewrites):
     """`torch.compile`: pointwise runs become one kernel each, and the host launches less."""
 
-    card: ClassVar[Card] = Card("compile", (Limit.LAUNCH, Limit.BANDWIDTH), ("prefill", "decode", "forward", "train"), exact=True,
-                                claims=(), price="minutes of compilation, again for new shapes", stage=Stage.RUN, touches=("launch",))  # fmt: skip
+    card: ClassVar[Card] = Card(
+        "compile",
+        (Limit.LAUNCH, Limit.BANDWIDTH),
+        ("prefill", "decode", "forward", "train"),
+        exact=True,
+        claims=(),
+        price="minutes of compilation, again for new shapes",
+        stage=Stage.RUN,
+        touches=("launch",),
+    )
 
     def baseline(self) -> "Compile":
         return self

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from narrows.errors import NarrowsError, closest
 from narrows.kinds import KINDS, Kind
 from narrows.step import Amount, Step
@@ -23,6 +25,13 @@ class DType:
     group: int = 0
     scale_bits: int = 0
     zero_bits: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = (self.bits, self.group, self.scale_bits, self.zero_bits)
+        if not all(isinstance(size, int | float) and 0 <= size <= 128 * 2**20 for size in sizes) or not self.bits:
+            raise NarrowsError(
+                f"{self.name} has sizes {sizes}.", where="dtype", remedy="Give bits, group, scale_bits, zero_bits as numbers."
+            )
 
     def bytes(self, count: float, inputs: float = 0) -> float:
         """Stored bytes of `count` numbers that lie in rows of `inputs` (scales and zeros included)."""
@@ -54,9 +63,12 @@ class Size:
 
     __rmul__ = __mul__
 
+    def __bool__(self) -> bool:
+        return bool(self.terms)
+
     def __add__(self, other: "Size | float") -> "Size":
         total = dict(self.terms)
-        for k, v in (other.terms if isinstance(other, Size) else (("one", other),)):
+        for k, v in other.terms if isinstance(other, Size) else (("one", other),):
             total[k] = total.get(k, 0) + v
         return Size.of(total)
 
@@ -120,8 +132,17 @@ class Op:
             problem = f"A {self.kind} lacks {missing}." if missing else f"A {self.kind} has no {unknown}."
             raise NarrowsError(problem, where=self.name, remedy=f"Its dims are {', '.join(spec.dims)}.")
         for key, value in given.items():
-            if not isinstance(value, Size) and not (math.isfinite(value) and value >= 0):
-                raise NarrowsError(f"{key} is {value}.", where=self.name, remedy="Sizes are finite and not negative.")
+            sizes = [v for _, v in value.terms] if isinstance(value, Size) else [value]
+            if not all(isinstance(v, int | float | np.number) and math.isfinite(v) for v in sizes) or (
+                key in _DIVISORS and not value
+            ):
+                raise NarrowsError(
+                    f"{key} is {sizes}.", where=self.name, remedy="Sizes are finite numbers; a number of parts is above 0."
+                )
+            if not isinstance(value, Size) and value < 0:
+                raise NarrowsError(f"{key} is {value}.", where=self.name, remedy="Sizes are not negative.")
+        if not (isinstance(self.repeat, int) and self.repeat > 0):
+            raise NarrowsError(f"repeat is {self.repeat!r}.", where=self.name, remedy="Give a whole number above 0.")
         object.__setattr__(self, "dims", tuple((d, given.get(d, spec.defaults.get(d, 0))) for d in spec.dims))
 
     @property
@@ -129,17 +150,20 @@ class Op:
         return KINDS[self.kind]
 
     def __getitem__(self, dim: str) -> Dim:
-        for name, value in self.dims:
-            if name == dim:
-                return value
-        raise NarrowsError(f"A {self.kind} has no dim {dim!r}.", where=self.name, remedy=f"It has {dict(self.dims)}.")
+        found = dict(self.dims)
+        if dim in found:
+            return found[dim]
+        raise NarrowsError(f"A {self.kind} has no dim {dim!r}.", where=self.name, remedy=f"It has {found}.")
 
     def sized(self, step: Step) -> dict[str, Any]:
         """All dims as numbers for a step."""
-        return {name: at(value, step) for name, value in self.dims}
+        return {name: at(value, step) for name, value in dict(self.dims).items()}
 
     def but(self, **changes: Any) -> "Op":
-        """The same op with other fields or dims: `op.but(outputs=64, weight=INT8)`. `inputs` as a tuple are ops, as a number the dim."""
+        """The same op with other fields or dims: `op.but(outputs=64, weight=INT8)`.
+
+        `inputs` as a tuple are ops, as a number the dim.
+        """
         own = {k: v for k, v in changes.items() if k in _FIELDS and not (k == "inputs" and not isinstance(v, tuple))}
         dims = {**dict(self.dims), **{k: v for k, v in changes.items() if k not in own}}
         return replace(self, **{"dims": dims, **own})
@@ -164,10 +188,11 @@ class Op:
         rest = self.spec.parameters(dims) - matrix  # biases and the like stay in the activations' dtype
         plain = self.act if self.weight.scale_bits or self.weight.bits < 16 else self.weight
         row: Any = next((dims[d] for d in ("inputs", "rank", "outputs") if d in dims), 0)  # what a group of a row is cut from
-        return self.weight.bytes(matrix, float(row)) + rest * plain.bits / 8
+        return float(self.weight.bytes(matrix, float(row)) + rest * plain.bits / 8)
 
 
 _FIELDS = {f.name for f in fields(Op)}
+_DIVISORS = {"matrices", "experts", "groups", "vocabulary", "ranks"}  # dims that a formula divides by
 
 
 @dataclass(frozen=True)
@@ -200,6 +225,11 @@ class Graph:
     def weight_bytes(self) -> float:
         return sum(op.weight_bytes for op in self.ops)
 
+    @property
+    def fields(self) -> set[str]:
+        """The quantities of a Step that its sizes depend on (none for a graph traced at one step)."""
+        return {name for op in self.ops for dim in dict(op.dims).values() if isinstance(dim, Size) for name, _ in dim.terms}
+
     def find(self, *kinds: str) -> tuple[Op, ...]:
         """Its forward ops of these kinds."""
         return tuple(op for op in self.forward if op.kind in kinds)
@@ -216,14 +246,17 @@ class Graph:
         """Join layers that differ in their index alone: `layers.0.q` and `layers.1.q` become `layers.*.q` twice."""
         joined: dict[Op, int] = {}
         for op in self.ops:
-            key = replace(op, name=_starred(op.name), inputs=tuple(_starred(i) for i in op.inputs), repeat=1, tied=_starred(op.tied))
+            key = replace(
+                op, name=_starred(op.name), inputs=tuple(_starred(i) for i in op.inputs), repeat=1, tied=_starred(op.tied)
+            )
             joined[key] = joined.get(key, 0) + op.repeat
         return replace(self, ops=tuple(replace(op, repeat=n) for op, n in joined.items()))
 
     def to_json(self) -> str:
         """As text that `from_json` reads back, for graphs that are shipped or kept."""
-        return json.dumps({"format": "narrows-graph-1", "name": self.name, "source": self.source, "notes": self.notes, "eager": self.eager,
-                           "ops": [_dump(op) for op in self.ops]}, separators=(",", ":"))  # fmt: skip
+        own = {"name": self.name, "source": self.source, "notes": self.notes, "eager": self.eager}
+        data = {"format": "narrows-graph-1", **own, "ops": [_dump(op) for op in self.ops]}
+        return json.dumps(data, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str, where: str = "graph") -> "Graph":
@@ -233,9 +266,13 @@ class Graph:
             if data["format"] != "narrows-graph-1":
                 raise NarrowsError(f"format is {data['format']!r}.", where=where, remedy="This version reads narrows-graph-1.")
             ops = tuple(_load(entry) for entry in data["ops"])
-            return cls(data["name"], ops, data["source"], tuple(data["notes"]), bool(data["eager"]))
+            if not ops:
+                raise NarrowsError("it has no ops.", where=where, remedy="Write one with `narrows capture --out`.")
+            return cls(str(data["name"]), ops, str(data["source"]), tuple(map(str, data["notes"])), bool(data["eager"]))
         except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
-            raise NarrowsError(f"not a graph file ({error!r}).", where=where, remedy="Write one with `narrows capture --out`.") from error
+            raise NarrowsError(
+                f"not a graph file ({error!r}).", where=where, remedy="Write one with `narrows capture --out`."
+            ) from error
 
 
 def _starred(name: str) -> str:
@@ -245,13 +282,17 @@ def _starred(name: str) -> str:
 def _dump(op: Op) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Size):
-            return {k: v for k, v in value.terms}
+            return dict(value.terms)
         if isinstance(value, DType):
             return [value.name, value.bits, value.group, value.scale_bits, value.zero_bits]
         return value
 
-    rest = {f.name: plain(getattr(op, f.name)) for f in fields(op) if f.name not in ("name", "kind", "dims") and getattr(op, f.name) != f.default}
-    return {"name": op.name, "kind": op.kind, "dims": {k: plain(v) for k, v in op.dims}, **rest}
+    rest = {
+        f.name: plain(getattr(op, f.name))
+        for f in fields(op)
+        if f.name not in ("name", "kind", "dims") and getattr(op, f.name) != f.default
+    }
+    return {"name": op.name, "kind": op.kind, "dims": {k: plain(v) for k, v in dict(op.dims).items()}, **rest}
 
 
 def _load(entry: dict[str, Any]) -> Op:
@@ -263,4 +304,6 @@ def _load(entry: dict[str, Any]) -> Op:
         return tuple(value) if isinstance(value, list) else value
 
     dims = {k: full(k, v) for k, v in entry["dims"].items()}
-    return Op(entry["name"], entry["kind"], dims, **{k: full(k, v) for k, v in entry.items() if k not in ("name", "kind", "dims")})
+    return Op(
+        entry["name"], entry["kind"], dims, **{k: full(k, v) for k, v in entry.items() if k not in ("name", "kind", "dims")}
+    )

@@ -301,7 +301,9 @@ def of_cluster(name_or_path: str | os.PathLike[str]) -> Machine:
     """The machine of a cluster as one that meets its peers over the link between nodes (of one node: inside it)."""
     group = cluster(name_or_path)
     wire = group.scale_out or group.scale_up
-    found = replace(group.machine, links=(wire, *(way for way in group.machine.links if way.name in HOST_LINKS and way.name != wire.name)))
+    found = replace(
+        group.machine, links=(wire, *(way for way in group.machine.links if way.name in HOST_LINKS and way.name != wire.name))
+    )
     place = "scale_out" if group.scale_out else "scale_up"
     cited = {f"links.{wire.name}.{key}": group.sources[f"{place}.{key}"] for key in _figures_of(Link)}
     return replace(found, title=f"{found.title}, in {group.title}", sources={**group.machine.sources, **found.sources, **cited})

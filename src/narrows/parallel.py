@@ -2,11 +2,17 @@
 
 from dataclasses import replace
 
+from narrows.errors import NarrowsError
 from narrows.graph import Dim, Graph, Op
 
 # the dims of which a device has its share, by the way an op is cut; where a kind has not that dim, it is not meant
-_CUTS = {"column": ("outputs", "in_channels", "out_channels", "groups"), "row": ("inputs",), "heads": ("heads", "kv_heads", "channels"),
-         "vocabulary": ("outputs",), "experts": ("experts", "top_k")}  # fmt: skip
+_CUTS = {
+    "column": ("outputs", "in_channels", "out_channels", "groups"),
+    "row": ("inputs",),
+    "heads": ("heads", "kv_heads", "channels"),
+    "vocabulary": ("outputs",),
+    "experts": ("experts", "top_k"),
+}
 _POINTWISE = {"elementwise": ("elements", "reads", "weights"), "norm": ("rows",)}
 
 
@@ -36,6 +42,22 @@ def tensor_parallel(graph: Graph, devices: int) -> Graph:
         else:
             shares.add(op.name)
     return replace(graph, ops=tuple(out))
+
+
+def require_cut(graph: Graph, devices: int) -> None:
+    """Raises NarrowsError where a graph does not say how to cut it, or its heads do not divide over the devices."""
+    if devices > 1 and not any(op.split for op in graph):
+        raise NarrowsError(
+            f"it is not known how to cut {graph.name}.", where="devices", remedy="Use one device, or replicas to train."
+        )
+    for op in graph.find("attention", "latent_attention"):
+        heads = op["heads"]
+        if op.split == "heads" and isinstance(heads, int | float) and heads % devices:
+            raise NarrowsError(
+                f"{heads:g} heads do not divide over {devices}.",
+                where=f"devices: {op.name}",
+                remedy="Give a divisor of the heads.",
+            )
 
 
 def _cut(op: Op, devices: int, reads_share: bool) -> Op:

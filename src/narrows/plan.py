@@ -43,8 +43,10 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
-        """From its command-line form: `llm-drop:layers=4 + awq:group=64`."""
+        """From its command-line form: `llm-drop:attention=4 + awq:group=64`."""
         steps = [parse(part) for part in text.split("+") if part.strip()]
+        if not steps:
+            raise NarrowsError("no technique is named.", where="plan", remedy="Write it like 'awq:group=64'.")
         return cls(tuple(steps))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -56,7 +58,9 @@ class Plan:
             for other in self.steps[i + 1 :]:
                 shared = set(one.card.touches) & set(other.card.touches)
                 if one.card.slug == other.card.slug or (shared and one.card.stage == other.card.stage):
-                    return No(f"{one.card.slug} and {other.card.slug} both change {' and '.join(sorted(shared)) or 'the same thing'}")
+                    return No(
+                        f"{one.card.slug} and {other.card.slug} both change {' and '.join(sorted(shared)) or 'the same thing'}"
+                    )
         return True
 
     def check(self, graph: Graph, machine: Machine | None, step: Step, prepare: Prepare = _as_it_is) -> Verdict:
@@ -98,8 +102,13 @@ class Plan:
 
 
 def _written(technique: Technique) -> str:
-    changed: list[Any] = [(f.name, getattr(technique, f.name)) for f in fields(technique) if getattr(technique, f.name) != f.default]  # type: ignore[arg-type]
+    changed: list[Any] = [
+        (f.name, getattr(technique, f.name)) for f in fields(technique) if getattr(technique, f.name) != f.default
+    ]  # type: ignore[arg-type]
     return technique.card.slug + (":" if changed else "") + ",".join(f"{n}={v}" for n, v in changed)
+
+
+_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def parse(text: str) -> Technique:
@@ -109,15 +118,17 @@ def parse(text: str) -> Technique:
     if found is None:
         raise NarrowsError(f"no technique is called {slug!r}.", where="plan", remedy=closest(slug, [*built(), *FREE]))
     if isinstance(found, Described):
-        raise NarrowsError(f"{slug} is described but not built.", where="plan", remedy="`narrows papers --status built` lists what is.")
-    kinds = {f.name: type(f.default) for f in fields(found)}  # type: ignore[arg-type]
+        raise NarrowsError(
+            f"{slug} is described but not built.", where="plan", remedy="`narrows papers --status built` lists what is."
+        )
+    kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(found)}  # type: ignore[arg-type]
     chosen: dict[str, Any] = {}
     for part in filter(None, options.split(",")):
         name, _, value = part.partition("=")
         if name not in kinds:
             raise NarrowsError(f"{slug} has no option {name!r}.", where="plan", remedy=f"It has {', '.join(kinds) or 'none'}.")
         try:
-            chosen[name] = value.lower() in ("true", "1", "yes") if kinds[name] is bool else kinds[name](value)
-        except ValueError as error:
-            raise NarrowsError(f"{value!r} is not a {kinds[name].__name__}.", where=f"plan: {slug}: {name}", remedy="") from error
+            chosen[name] = _FLAGS[value.lower()] if kinds[name] is bool else kinds[name](value)
+        except (ValueError, KeyError) as error:
+            raise NarrowsError(f"{value!r} is not a {kinds[name].__name__}.", where=f"plan: {slug}: {name}") from error
     return found(**chosen)

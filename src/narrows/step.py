@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from narrows.errors import NarrowsError, closest
 
+LARGEST = 1e15  # whole numbers up to here, and sums of a few of them, are exact as floats
 PHASES = ("prefill", "decode", "forward", "train")
 _MODIFIED = re.compile(r"(\w+)\[(full|source|window=(\d+)|past=(\d+))\]")
 
@@ -20,9 +21,14 @@ Amount = float | NDArray[np.float64]
 
 
 def _array(name: str, values: ArrayLike, least: int) -> NDArray[np.float64]:
-    out = np.atleast_1d(np.asarray(values, dtype=np.float64))
-    if out.size == 0 or not np.all(np.isfinite(out)) or np.any(out < least) or np.any(out != np.floor(out)):
-        raise NarrowsError(f"{values!r} is not a size.", where=name, remedy=f"Give whole numbers of at least {least}.")
+    try:
+        out = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    except (OverflowError, ValueError, TypeError):  # an int beyond any float, or no numbers at all
+        out = np.array([np.nan])
+    if out.size == 0 or not np.all((out >= least) & (out <= LARGEST) & (out == np.floor(out))):
+        raise NarrowsError(
+            f"{str(values)[:60]} is not a size.", where=name, remedy=f"Give whole numbers from {least} to {LARGEST:.0e}."
+        )
     return out
 
 

@@ -77,7 +77,10 @@ class Claim:
 
     @property
     def tolerance(self) -> str:
-        bounds = [f">= {self.at_least:g}" if self.at_least is not None else "", f"<= {self.at_most:g}" if self.at_most is not None else ""]
+        bounds = [
+            f">= {self.at_least:g}" if self.at_least is not None else "",
+            f"<= {self.at_most:g}" if self.at_most is not None else "",
+        ]
         return " and ".join(b for b in bounds if b)
 
 
@@ -219,7 +222,11 @@ def _module_path(row: Paper) -> str:
 def built() -> tuple[str, ...]:
     """Slugs that have a file in `techniques/`, in catalogue order (nothing is imported)."""
     root = files("narrows.techniques")
-    return tuple(p.slug for p in papers() if root.joinpath(*_module_path(p).split(".")[:1], _module_path(p).split(".")[1] + ".py").is_file())
+    return tuple(
+        p.slug
+        for p in papers()
+        if root.joinpath(*_module_path(p).split(".")[:1], _module_path(p).split(".")[1] + ".py").is_file()
+    )
 
 
 @cache
@@ -234,9 +241,17 @@ def technique(slug: str) -> type[Technique] | Described:
 
 def technique_class(module: Any, slug: str) -> type[Technique]:
     """The one class in a technique's file that carries its card."""
-    found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Technique) and getattr(getattr(c, "card", None), "slug", None) == slug]
+    found = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Technique) and getattr(getattr(c, "card", None), "slug", None) == slug
+    ]
     if len(found) != 1:
-        raise NarrowsError(f"{len(found)} classes carry a card for {slug!r}.", where=module.__name__, remedy="A technique file defines exactly one.")
+        raise NarrowsError(
+            f"{len(found)} classes carry a card for {slug!r}.",
+            where=module.__name__,
+            remedy="A technique file defines exactly one.",
+        )
     return found[0]
 
 

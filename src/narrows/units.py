@@ -27,7 +27,9 @@ def _scaled(value: float, unit: str) -> str:
         return f"{value} {unit}"
     for factor, prefix in _PREFIXES:
         if abs(value) >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}" if abs(value / factor) < 999.5 else f"{value / factor:.0f} {prefix}{unit}"
+            return (
+                f"{value / factor:.3g} {prefix}{unit}" if abs(value / factor) < 999.5 else f"{value / factor:.0f} {prefix}{unit}"
+            )
     return f"{value:.3g} {unit}"
 
 

@@ -222,7 +222,9 @@ def verify(
     small, large = resident_bytes(after), resident_bytes(before)
     if abs(small - predicted_bytes) > 0.02 * predicted_bytes:
         failures.append(f"weights take {small:,} bytes, predicted {predicted_bytes:,.0f}")
-    return Verification(model, str(plan), name, q_before, q_after, agreement, speed, large, small, round(predicted_bytes), text, tuple(failures))
+    return Verification(
+        model, str(plan), name, q_before, q_after, agreement, speed, large, small, round(predicted_bytes), text, tuple(failures)
+    )
 
 
 def as_json(found: Verification) -> dict[str, Any]:
@@ -238,17 +240,37 @@ def as_json(found: Verification) -> dict[str, Any]:
     }
 
 
+def results_file() -> Path:
+    """`results/verified.csv` of a clone, or the copy that an installed package carries."""
+    clone = Path(__file__).parents[2] / "results" / "verified.csv"
+    return clone if clone.parent.is_dir() else Path(__file__).parent / "data" / "verified.csv"
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def known_quality(plan: Plan) -> tuple[str, float, str] | None:
+    """(measure, ratio after to before, model) from the last kept verification of these techniques, a compiler aside."""
+    wanted = {text for text in str(plan).split(" + ") if text != "compile"}
+    found = [row for row in _rows(results_file()) if {t for t in row["plan"].split(" + ") if t != "compile"} == wanted]
+    if not found:
+        return None
+    last = found[-1]
+    return last["quality"], float(last["quality_after"]) / float(last["quality_before"]), last["model"]
+
+
 def record(found: Verification, machine: str, command: str, path: Path) -> None:
-    """Append one row per timed step to a results file, atomically, with machine, versions and command."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    """Keep one row per timed step in a results file, atomically, with machine, versions and command; it replaces older ones."""
+    rows = [r for r in _rows(path) if (r["model"], r["plan"], r["machine"]) != (found.model, found.plan, machine)]
     for step, s in found.speed.items():
         rows.append({
             "model": found.model, "plan": found.plan, "step": step, "speed": f"{s.ratio:.3f}", "predicted": f"{s.predicted:.3f}",
             "aa_ratio": f"{s.aa_ratio:.3f}", "quality": found.quality, "quality_before": f"{found.quality_before:.4f}",
-            "quality_after": f"{found.quality_after:.4f}", "bytes_before": found.bytes_before, "bytes_after": found.bytes_after,
+            "quality_after": f"{found.quality_after:.4f}", "bytes_before": str(found.bytes_before), "bytes_after": str(found.bytes_after),
             "text": found.text, "machine": machine, "versions": versions(), "command": command,
         })  # fmt: skip
     text = io.StringIO(newline="")

@@ -1,5 +1,8 @@
 """The two jobs that load real models: apply a plan to one, and verify the result beside the original."""
 
+import importlib
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from narrows.step import Step
 if TYPE_CHECKING:
     import torch
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would break ours
 CALIBRATION, HELD_OUT, LENGTH = 16, 8, 256  # batches, batches, tokens: seconds for a 135M model, figures stable to a percent
 
 
@@ -30,6 +34,18 @@ def _batches(model: "torch.nn.Module", tokenizer: Any, prose: str, held_out: boo
     limit = int(getattr(model.config, "max_position_embeddings", LENGTH))  # type: ignore[union-attr, arg-type]
     places = samples.token_batches(tokenizer, CALIBRATION + HELD_OUT, min(LENGTH, limit), prose=prose)
     return places[CALIBRATION:] if held_out else places[:CALIBRATION]
+
+
+def _function(name: str) -> Any:
+    """The user's own `module:function`, looked for in the working directory too."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise NarrowsError(f"it cannot be imported ({error}).", where=f"quality: {name}", remedy="Give module:function.") from error
+    finally:
+        sys.path.pop(0)
 
 
 def apply(model: str, plan_text: str, out: str, text: str | None, overwrite: bool, tell: Callable[[str], None]) -> Mapping[str, Any]:
@@ -80,11 +96,6 @@ def verify(before: str, after: str, machine: Machine, text: str | None, quality:
     else:
         batch = {key: value[:, :prompt] for key, value in batches[0].items()}
         steps = {"forward": (lambda: verifying.outputs(old, batch), lambda: verifying.outputs(new, batch))}
-    measure = None
-    if quality:
-        module, _, function = quality.partition(":")
-        import importlib
-
-        measure = (quality, getattr(importlib.import_module(module), function))
+    measure = (quality, _function(quality)) if quality else None
     found = verifying.verify(old, new, batches, plan, predicted, weight_bytes, steps, gate, measure, before, name, rounds, tell)
     return found, diagnoses

@@ -6,6 +6,7 @@ or a live `nn.Module`: `capture` tells them apart. Only modules, and families wi
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from functools import cache
@@ -13,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from narrows.errors import NarrowsError, closest
+from narrows.errors import NarrowsError, closest, require
 from narrows.graph import Graph
 from narrows.step import Step
 
@@ -46,11 +47,15 @@ def capture(model: "str | Path | torch.nn.Module", step: Step | None = None) -> 
         return _read(Path(str(files("narrows.data").joinpath("models", f"{name.lower()}.json"))), name.lower())
     path = Path(name)
     if path.exists():
+        if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            raise NarrowsError("it is neither a file nor a directory.", where=name, remedy="Give a config.json or its directory.")
         if path.suffix == ".onnx":
             from narrows.capture.onnx import from_onnx
 
             return from_onnx(path)
-        return _read(path / "config.json" if path.is_dir() else path, path.resolve().stem if path.is_file() else path.resolve().name)
+        return _read(
+            path / "config.json" if path.is_dir() else path, path.resolve().stem if path.is_file() else path.resolve().name
+        )
     if ":" in name and os.sep not in name:
         return _traced(_made(name), step, name)
     raise NarrowsError(f"{name!r} is neither a bundled model nor a file.", where="model", remedy=closest(name, list(bundled())))
@@ -60,32 +65,43 @@ def _read(path: Path, name: str) -> Graph:
     """A config.json or a graph file, told apart by what is in it."""
     from narrows.capture.config import FAMILIES, from_config, read_config
 
-    if path.is_file() and path.stat().st_size <= _LARGEST_GRAPH:
+    if path.exists() and not path.is_file():
+        raise NarrowsError("it is not a file.", where=str(path), remedy="Give a config.json or its directory.")
+    if path.exists() and path.stat().st_size <= _LARGEST_GRAPH:
         with path.open("rb") as file:
             if b'"narrows-graph-' in file.read(200):
                 file.seek(0)
                 return Graph.from_json(file.read().decode("utf-8", "replace"), str(path))
     config = read_config(path)
-    foreign = config.get("model_type") not in FAMILIES
-    if foreign and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
-        from narrows.capture.hf import from_diffusers, from_transformers
+    family = config.get("model_type", "")
+    foreign = isinstance(family, str) and family not in FAMILIES
+    if "_class_name" in config:
+        require(str(path), "diffusers", "torch", "diffusers")
+        from narrows.capture.hf import from_diffusers
 
-        return from_diffusers(config, name) if "_class_name" in config else from_transformers(config, name)
+        return from_diffusers(config, name, where=str(path))
+    if foreign and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+        from narrows.capture.hf import from_transformers
+
+        return from_transformers(config, name, str(path))
     return from_config(config, name, str(path))
 
 
 def _made(name: str) -> "torch.nn.Module":
     """What `package.module:factory` gives, built on the meta device so that no weight is allocated."""
-    if importlib.util.find_spec("torch") is None:
-        raise NarrowsError("capturing a module needs torch.", where=name, remedy="pip install 'narrows[torch]'.")
+    require(name, "torch", "torch")
     import torch
 
     module, _, factory = name.partition(":")
     sys.path.insert(0, os.getcwd())  # the user's own package, as `python -m` would find it
     try:
         found: Any = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError) as error:
-        raise NarrowsError(f"it cannot be imported ({error}).", where=name, remedy="Give package.module:factory.") from error
+        if not isinstance(found, torch.nn.Module):
+            inspect.signature(found).bind()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise NarrowsError(
+            f"it is no factory ({error}).", where=name, remedy="Give package.module:factory, a factory without arguments."
+        ) from error
     finally:
         sys.path.pop(0)
     if isinstance(found, torch.nn.Module):

@@ -288,17 +288,20 @@ def _opt(f: Fields) -> Network:
         act="activation_fn",
         work=work(f, "activation_function", default="relu"),
     )
-    norms = [layer_norm(n, affine=affine) for n in ("self_attn_layer_norm", "final_layer_norm")]
-    layer = block(*zip(norms, (attn, mlp), strict=True))
-    if not first:
-        layer = Block(tuple(Branch((Path(None, (part,)),), norm) for norm, part in zip(norms, (attn, mlp), strict=True)))
+    parts: list[tuple[Norm, Part]] = [
+        (layer_norm("self_attn_layer_norm", affine=affine), attn),
+        (layer_norm("final_layer_norm", affine=affine), mlp),
+    ]
+    layer = block(*parts) if first else Block(tuple(Branch((Path(None, (part,)),), norm) for norm, part in parts))
     # two rows of the position table are never used
     tables = (
         (f"{path}embed_tokens", f.size("vocab_size")),
         (f"{path}embed_positions", f.size("max_position_embeddings", default=2048) + 2),
     )
     narrow = f.size("word_embed_proj_dim", default=width)
-    embedding, before, after = Embedding(tables), (), ()
+    embedding = Embedding(tables)
+    before: tuple[Part, ...] = ()
+    after: tuple[Part, ...] = ()
     if narrow != width:
         embedding = Embedding(tables[:1], narrow)
         before = (Dense(f"{path}project_in", narrow, width), Embedding(tables[1:]))
@@ -450,7 +453,7 @@ def _deepseek(f: Fields) -> Network:
         for i in range(count)
     ]
     path = base(f, "model")
-    notes = (CAUSAL, LATENT)
+    notes: tuple[str, ...] = (CAUSAL, LATENT)
     if f.maybe("num_nextn_predict_layers", least=0):
         notes += ("The layers that predict a second token (MTP) are left out.",)
     return decoder(f, path, width, layers, norm=Norm(f"{path}norm"), notes=notes)

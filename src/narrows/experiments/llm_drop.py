@@ -6,9 +6,11 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from narrows import samples
 from narrows.techniques.sparsity_pruning.llm_drop import LLMDrop, drop
@@ -25,19 +27,19 @@ def _model() -> tuple[Any, Any]:
 def _text(part: str) -> Any:
     """Token ids [N, T] from places of the text that do not overlap: to calibrate on, to score, to fill a cache with."""
     ids = torch.cat([batch["input_ids"] for batch in samples.token_batches(_model()[1], 9, 1024)])
-    return {"calibration": ids[:4, :256], "scored": ids[4:8, :512], "prompt": ids[8:]}[part]
+    return {"calibration": ids[:4, :192], "scored": ids[4:8, :320], "prompt": ids[8:]}[part]
 
 
 def _calibration() -> Any:
     return [{"input_ids": ids} for ids in _text("calibration").split(1)]
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def _loss(model: Any) -> float:
     """Mean nats per token."""
     ids = _text("scored")
     logits = torch.cat([model(input_ids=one, use_cache=False).logits[:, :-1] for one in ids.split(1)])
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    return float(cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
 
 
 def _dropped(technique: LLMDrop) -> Any:
@@ -47,21 +49,21 @@ def _dropped(technique: LLMDrop) -> Any:
 @cache
 def _rise(technique: LLMDrop) -> float:
     """Nats per token that a drop adds."""
-    return _loss(_dropped(technique)) - _whole()
+    return float(_loss(_dropped(technique)) - _whole())
 
 
 @cache
 def _whole() -> float:
-    return _loss(_model()[0])
+    return float(_loss(_model()[0]))
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def _blocks(count: int) -> Mapping[str, Collection[int]]:
     """The whole layers that turn the stream the least (the paper's block drop)."""
     total = torch.zeros(_LAYERS)
     for batch in _calibration():
         states = _model()[0](**batch, use_cache=False, output_hidden_states=True).hidden_states[: _LAYERS + 1]
-        total += torch.stack([torch.nn.functional.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(states, states[1:], strict=False)])
+        total += torch.stack([cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(states)])
     chosen = total[: _LAYERS - 1].topk(count).indices.tolist()  # the last state is after the final norm
     return {"attention": chosen, "mlp": chosen}
 
@@ -76,7 +78,7 @@ def attention_before_mlp_and_blocks(technique: LLMDrop) -> float:
     blocks = copy.deepcopy(_model()[0])
     drop(blocks, _blocks(_FEW))
     others = _rise(replace(technique, attention=0, mlp=_FEW, by="similarity")), _loss(blocks) - _whole()
-    return _rise(replace(technique, attention=_FEW, mlp=0)) / min(others)
+    return float(_rise(replace(technique, attention=_FEW, mlp=0)) / min(others))
 
 
 @cache
@@ -109,7 +111,7 @@ def decode_speed(technique: LLMDrop) -> float:
     return best[0] / best[1]
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def cache_share(technique: LLMDrop) -> float:
     """Measured bytes of the KV cache with as many sublayers dropped as perplexity x 2 allows, over those of the whole model.
 

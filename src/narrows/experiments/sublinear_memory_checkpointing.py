@@ -16,7 +16,7 @@ from narrows.techniques.training_memory_offload.sublinear_memory_checkpointing i
 _WIDTH, _ROWS = 16, 4096
 
 
-class _Block(nn.Module):
+class _Block(nn.Module):  # type: ignore[misc]
     """A residual MLP: narrow and for many rows, so that activations outweigh weights and gradients by far."""
 
     def __init__(self, width: int) -> None:
@@ -45,7 +45,7 @@ def _peak_bytes(run: Callable[[], Any]) -> int:
         run()
     events: Any = seen.profiler
     moves = sorted((e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]")
-    return max(accumulate(size for _, size in moves))
+    return int(max(accumulate(size for _, size in moves)))
 
 
 def _input() -> Tensor:
@@ -77,7 +77,7 @@ def flop_overhead(technique: SublinearMemoryCheckpointing) -> float:
         with FlopCounterMode(display=False) as counter:
             _step(net, _input())
         counts.append(counter.get_total_flops())
-    return counts[1] / counts[0] - 1
+    return float(counts[1] / counts[0] - 1)
 
 
 def resnet_1000(technique: SublinearMemoryCheckpointing) -> float:

@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from narrows.costmodel import achieved, op_time
+from narrows.cost import cost
+from narrows.costmodel import achieved, generation, op_time
 from narrows.diagnose import seconds as step_seconds
 from narrows.errors import NarrowsError
 from narrows.graph import BF16, DTYPES, FP16, DType, Graph, Op
@@ -29,6 +30,14 @@ def format_of(text: str, column: str = "dtype") -> DType:
     if text.strip().lower() not in FORMATS:
         raise NarrowsError(f"{text[:40]!r} is not a format.", where=column, remedy=f"Use {', '.join(FORMATS)}.")
     return FORMATS[text.strip().lower()]
+
+
+def sets(row: Row) -> tuple[str, ...]:
+    """The set that a row is counted in."""
+    model, phase = row["model"], row["phase"].strip()
+    if phase != "operator":
+        return ("collectives",) if phase == "collective" else ("decode",)
+    return ("gemm",) if model.startswith("GEMM") else ("attention",) if re.search(r"hd\d+", model) else ("pointwise",)
 
 
 def forecast(row: Row) -> list[Forecast]:
@@ -62,9 +71,25 @@ def _timed(row: Row, name: str, op: Op, here: Machine, *, work: float = 0.0) -> 
     time = op_time(op, ONE, here)
     around, least = (achieved(here, f"{kind}-{name}").median * 1e-6 for kind in ("call", "call_least"))
     predicted = max(float(time.seconds) + around, least)
+    bound = bound_seconds(op, here)
     if work:
-        return Forecast(_set(name), rate(row, Gelem_s_as_plotted=1e9, Gelem_s=1e9, TFLOP_s=1e12), work / predicted, _key(name, here), inside=time.inside)
-    return Forecast(_set(name), seconds(row), predicted, _key(name, here), inside=time.inside)
+        measured = rate(row, Gelem_s_as_plotted=1e9, Gelem_s=1e9, TFLOP_s=1e12)
+        return Forecast(_set(name), measured, work / predicted, _key(name, here), work / bound, inside=time.inside)
+    return Forecast(_set(name), seconds(row), predicted, _key(name, here), bound, inside=time.inside)
+
+
+def bound_seconds(op: Op, here: Machine, step: Step = ONE) -> float:
+    """The roofline of one op at the datasheet's peaks."""
+    work = cost(op, step)
+    wire = here.link or here.host_link
+    sent = float(work.link_bytes) / wire.bandwidth_bytes_per_s if wire else 0.0
+    moved = float(work.read_bytes + work.write_bytes) / here.memory.bandwidth_bytes_per_s
+    return max(float(work.flop) / (here.peak(op.compute or op.act.name) if op.spec.matmul else here.peak("fp32")), moved, sent)
+
+
+def model_bound(graph: Graph, here: Machine, step: Step, devices: int) -> float:
+    """The roofline of a step of a whole model that is spread evenly over devices."""
+    return sum(bound_seconds(op, here, step) for op in graph) / devices
 
 
 def _set(name: str) -> str:
@@ -72,8 +97,6 @@ def _set(name: str) -> str:
 
 
 def _key(name: str, here: Machine) -> str:
-    from narrows.costmodel import generation
-
     return f"{name}-{generation(here.name)}"
 
 
@@ -121,7 +144,8 @@ def _attention(row: Row) -> Forecast:
     kernel = next((key for word, key in _ATTENTION if word in row["model"]), "flash3")
     op = Op("attention", "attention", dims, act=format_of(row["dtype"]))
     time = op_time(op, ONE, _reaching(here, "attention", f"attention-{kernel}"))
-    return Forecast("attention", rate(row, TFLOP_s=1e12), 4 * many * head * pairs / float(time.seconds), _key("attention", here), inside=time.inside)
+    work = 4 * many * head * pairs
+    return Forecast("attention", rate(row, TFLOP_s=1e12), work / float(time.seconds), _key("attention", here), here.peak(op.act.name), inside=time.inside)
 
 
 _OPERATORS: tuple[tuple[str, Callable[[Row], Forecast]], ...] = (
@@ -154,7 +178,7 @@ def _collective(row: Row) -> Forecast:
         here = replace(here, links=(link,) if over != "pcie" else (replace(link, name="ring"),), efficiency={**here.efficiency, **own}, sources={})
     op = Op(kind, kind, {"elements": elements, "ranks": ranks}, act=act)
     time = op_time(op, ONE, here)
-    return Forecast("collectives", seconds(row), float(time.seconds), f"link{'-' + over if over else ''}")
+    return Forecast("collectives", seconds(row), float(time.seconds), f"link{'-' + over if over else ''}", bound_seconds(op, here), inside=time.inside)
 
 
 def _tokens(row: Row) -> Forecast:
@@ -169,14 +193,13 @@ def _tokens(row: Row) -> Forecast:
     prompt = int(row["prompt"]) if row["prompt"].strip().isdigit() else 128
     graph = with_weights(graph_of(name), act) if act.bits < 16 else graph_of(name)
     if row["metric"] == "ttft":
-        return Forecast("decode", seconds(row), float(step_seconds(graph, here, Step.prefill(batch, prompt), devices)[0]), "decode")
+        first = Step.prefill(batch, prompt)
+        return Forecast("decode", seconds(row), float(step_seconds(graph, here, first, devices)[0]), "decode", model_bound(graph, here, first, devices))
     out = count(row, "output")
-    step = float(step_seconds(graph, here, Step.decode(batch, prompt + out // 2), devices)[0])
+    later = Step.decode(batch, prompt + out // 2)
+    step = float(step_seconds(graph, here, later, devices)[0])
     first = float(step_seconds(graph, here, Step.prefill(batch, prompt), devices)[0]) if row["phase"] == "offline_max" else 0.0
     measured = rate(row, tok_s=1.0, tok_s_GPU=float(devices))
-    return Forecast("decode", measured, batch * out / (first + out * step), "decode", f"{name} {here.name}", "max")
+    bound = batch / model_bound(graph, here, later, devices)
+    return Forecast("decode", measured, batch * out / (first + out * step), "decode", bound, f"{name} {here.name}", "max")
 
-
-def check(row: Row) -> None:
-    """Refuse a value that is no measurement, whatever the row is about."""
-    number(row, "value")

@@ -2,17 +2,19 @@
 
 from functools import cache
 
-from narrows.costmodel import ATTENTION
+from narrows.costmodel import ATTENTION, generation
 from narrows.errors import NarrowsError
 from narrows.graph import BF16, DTYPES, FP8, FP16, Graph
-from narrows.machine import Machine
-from narrows.measured.kernels import with_weights
+from narrows.measured.kernels import model_bound, with_weights
 from narrows.measured.table import Forecast, NotCovered, Row, count, graph_of, hardware, model, number
-from narrows.simulate.closed_loop import Layout, closed_loop, engines, one_batch
+from narrows.simulate.closed_loop import Layout, closed_loop, one_batch, preset
+from narrows.step import Step
 
 CLOSED_LOOP = ("backend", "model_path", "system", "precision", "mode", "isl", "osl", "gemm_quant_mode", "batch_size", "tp_size",
                "attention_dp_size", "moe_tp_size", "moe_ep_size", "silicon_ttft_ms", "silicon_tpot_ms", "concurrency")  # fmt: skip
 ONE_BATCH = ("model", "hardware", "prompt_size", "batch_size", "token_size", "prompt_time", "token_time", "tensor_parallel")
+
+_SEEN = ("qwen3-32b", "llama-3.1-8b", "gpt-oss-120b", "deepseek-v3")  # what the engines' constants were fitted on
 
 
 @cache
@@ -44,6 +46,11 @@ def _layout(row: Row, prefix: str) -> Layout:
     return Layout(tensor, data)
 
 
+def engine_of(row: Row) -> str:
+    """The set of constants that serves a closed-loop row: of its engine and version, or of workers apart."""
+    return preset(f"{row['backend'].strip().lower()}-{'disagg' if row['mode'].strip() == 'disagg' else (row.get('backend_version') or '').strip()}")
+
+
 def closed(row: Row) -> list[Forecast]:
     """Forecasts of a closed-loop row: time to first token and per output token."""
     here, name = hardware(row["system"], "system"), model(row["model_path"], "model_path")
@@ -57,14 +64,16 @@ def closed(row: Row) -> list[Forecast]:
     workers = count(row, "decode_num_workers", 1) if apart else 1
     batch = count(row, "decode_batch_size" if apart else "batch_size", 1) * layout.data * workers
     many = count(row, "concurrency", batch)
-    backend = row["backend"].strip().lower()
-    engine = f"{backend}-disagg" if apart and f"{backend}-disagg" in engines() else backend
+    backend, engine = row["backend"].strip().lower(), engine_of(row)
     prefill = _layout(row, "prefill_") if apart else None
     found = closed_loop(graph, here, layout, max(1, round(many / workers)), prompt, output, engine, prefill, count(row, "prefill_num_workers", 1))
     job = f"{name} {here.name} {backend} {mode} {prompt} {output}"
+    read = model_bound(graph, here, Step.prefill(1, prompt), (prefill or layout).devices)
+    step = model_bound(graph, here, Step.decode(max(1, many // workers), prompt + output // 2), layout.devices)
+    seen = name in _SEEN and here.name in ("h100-sxm", "h200")
     return [
-        Forecast("serving-ttft", first, found.first, f"ttft-{engine}", f"{job} {many}"),
-        Forecast("serving-tpot", each, found.each, f"tpot-{engine}", f"{job} {many}"),
+        Forecast("serving-ttft", first, found.first, f"ttft-{engine}", read, f"{job} {many}", inside=seen),
+        Forecast("serving-tpot", each, found.each, f"tpot-{engine}", step, f"{job} {many}", inside=seen),
     ]
 
 
@@ -78,13 +87,9 @@ def batch(row: Row) -> list[Forecast]:
         raise NotCovered("power caps are not modelled.", where="hardware", remedy="Judge rows at full power.")
     found = one_batch(graph_of(name), here, Layout(devices), many, prompt, output, "splitwise")
     job = f"{name} {here.name} {many} {prompt} {output}"
+    read, step = (model_bound(graph, here, s, devices) for s in (Step.prefill(many, prompt), Step.decode(many, prompt + output // 2)))
+    seen = generation(here.name) == "ampere"
     return [
-        Forecast("splitwise-prompt", first, found.first, f"prompt-{_age(here)}", job),
-        Forecast("splitwise-token", each, found.each, f"token-{_age(here)}", job),
+        Forecast("splitwise-prompt", first, found.first, "prompt", read, job, inside=seen),
+        Forecast("splitwise-token", each, found.each, "token", step, job, inside=seen),
     ]
-
-
-def _age(here: Machine) -> str:
-    from narrows.costmodel import generation
-
-    return generation(here.name)

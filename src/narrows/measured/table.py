@@ -40,6 +40,7 @@ class Forecast:
     group      rows of one group are rival configurations of one job: the best of them is the choice that regret judges
     best       min or max: which of the figures of a group is the best
     key        which fitted residuals give the interval (see `interval`)
+    bound      what the datasheet's peaks allow at best: the null model is this, times one constant for the set
     inside     the case lies inside what the constants were fitted on
     """
 
@@ -47,6 +48,7 @@ class Forecast:
     measured: float
     predicted: float
     key: str
+    bound: float
     group: str = ""
     best: str = "min"
     inside: bool = True
@@ -133,6 +135,22 @@ def fingerprint(row: Row) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def half(*configuration: object) -> int:
-    """0 for configurations that constants are fitted on, 1 for those that are held back: an even split by hash."""
-    return hashlib.sha256(repr(configuration).encode()).digest()[0] % 2
+def configuration(row: Row) -> tuple[str, ...]:
+    """What was measured, without the results: two figures of one run, and repeats of it, have the same.
+
+    Of a closed loop, all layouts of one job count as one; of a collective, its formats.
+    """
+    if "silicon_ttft_ms" in row:
+        return tuple(row.get(k, "") for k in ("backend", "model_path", "system", "mode", "isl", "osl", "concurrency", "batch_size"))
+    if "prompt_size" in row:
+        return tuple(row.get(k, "") for k in ("model", "prompt_size", "batch_size", "token_size", "tensor_parallel"))
+    if "recompute" in row:
+        said = re.findall(r"(hidden|layers|heads|schedule|method|vocab|PTD|Flash\w+)[ =]*([\w-]*)", row.get("note") or "")
+        kept = ("source", "model", "hardware", "n_devices", "tp", "pp", "dp", "microbatch", "global_batch", "seq", "precision", "recompute")
+        return (*(row.get(k, "") for k in kept), repr(said))
+    return tuple(row.get(k, "") for k in ("model", "hardware", "n_devices", "phase", "batch", "prompt", "output", "note" if row.get("phase") == "collective" else "phase"))
+
+
+def half(row: Row) -> int:
+    """0 for rows that constants are fitted on, 1 for those that are held back: an even split of configurations by hash."""
+    return hashlib.sha256(repr(configuration(row)).encode()).digest()[0] % 2

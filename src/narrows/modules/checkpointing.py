@@ -58,11 +58,11 @@ class _Segmented:
         return blocks[index]
 
 
-class SegmentedList(_Segmented, nn.ModuleList):
+class SegmentedList(_Segmented, nn.ModuleList):  # type: ignore[misc]
     """A ModuleList that runs in segments."""
 
 
-class SegmentedSequential(_Segmented, nn.Sequential):
+class SegmentedSequential(_Segmented, nn.Sequential):  # type: ignore[misc]
     """A Sequential that runs in segments."""
 
 

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-
 SINKS = 4
 
 
-class Evicted(DynamicLayer):
+class Evicted(DynamicLayer):  # type: ignore[misc]
     """One layer of a DynamicCache after an eviction: its tensors hold fewer tokens than it has `seen`.
 
     To whoever asks, it is as long as the tokens seen, so that positions and masks go on as if nothing had been dropped.
@@ -27,7 +26,7 @@ class Evicted(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.seen += key_states.shape[-2]
-        return super().update(key_states, value_states, *args, **kwargs)
+        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -95,7 +94,7 @@ class Eviction:
         # masks are made for all tokens seen; of those before this step, what is left is visible
         return args, {**kwargs, "attention_mask": mask[..., -(held + kwargs["hidden_states"].shape[1]) :]}
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def after(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         cache, hidden = kwargs.get("past_key_values"), kwargs["hidden_states"]
         if cache is None:
@@ -105,8 +104,8 @@ class Eviction:
             return
         keys, values = layer.keys, layer.values
         index = self._chosen(module, hidden, keys, kwargs)[..., None]
-        kept = (t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in (keys, values))
-        cache.layers[module.layer_idx] = Evicted.of(*kept, seen=new)
+        keys, values = (t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in (keys, values))
+        cache.layers[module.layer_idx] = Evicted.of(keys, values, seen=new)
 
     def _chosen(self, module: Any, hidden: Tensor, keys: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if self.by == "recency":
@@ -115,5 +114,6 @@ class Eviction:
             return place.expand(*keys.shape[:2], self.budget)
         queries = module.q_proj(hidden[:, -self.window :]).unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
         queries = module.q_norm(queries) if hasattr(module, "q_norm") else queries
-        scores = attention_scores(turned(queries, kwargs.get("position_embeddings")), keys, module.scaling, kwargs.get("attention_mask"))
+        queries = turned(queries, kwargs.get("position_embeddings"))
+        scores = attention_scores(queries, keys, module.scaling, kwargs.get("attention_mask"))
         return keep(scores, self.budget, self.window, self.kernel)

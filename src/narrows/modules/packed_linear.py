@@ -109,7 +109,7 @@ def native_block() -> int:
     """Rows that this CPU's 4-bit kernel interleaves; 0 if it has no such kernel, or one with another layout."""
     if not hasattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
         return 0
-    probe = torch.arange(128 * 32, dtype=torch.int32).view(128, 32) * 7 // 5 % 16
+    probe = torch.arange(128 * 32, dtype=torch.int32, device="cpu").view(128, 32) * 7 // 5 % 16
     native = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 1)
     return next((b for b in (64, 32) if torch.equal(native.flatten(), _interleaved(probe.to(torch.uint8), b).flatten())), 0)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Chains = tuple[tuple[str, ...], ...]
 
 
-class Thinned(nn.Module):
+class Thinned(nn.Module):  # type: ignore[misc]
     """What is left of a layer: each chain of children (norm, attention or MLP, norm) reads the stream and is added to it.
 
     hidden_states [B, T, D] -> [B, T, D]. Attention takes the layer's other arguments, under their names.
@@ -38,7 +38,7 @@ def thin(layer: nn.Module, lost: Chains, left: Chains) -> None:
     """Take the chains `lost` out of a layer in place; the others keep their names, weights and order."""
     for name in (n for chain in lost for n in chain):
         delattr(layer, name)
-    layer.__class__ = _thinned(type(layer))
+    layer.__class__ = _thinned(type(layer))  # type: ignore[arg-type]
     layer.chains = left  # type: ignore[assignment]
 
 

@@ -49,13 +49,20 @@ def constants(engine: str) -> dict[str, float]:
     """The fitted constants of an engine; raises NarrowsError for one that is not known.
 
     decode          factor on the time of a step;  step_ms, sequence_us   host time of a step and for each sequence
-    first, burst    prompts that a request waits for, alone and per rival;  share   of prompt reading that holds up decoding
+    first, burst    prompts that a request waits for, alone and per rival (to the power `crowding`);  share   of prompt reading that holds up decoding
     memory          share of the device's memory for weights, keys and values
     intake_ms       before a prompt is read, and from those that read to those that decode where they are apart
     """
-    if f"engine-{engine}" not in fitted():
+    known = preset(engine)
+    return {name: entry["median"] for name, entry in fitted()[f"engine-{known}"].items()}
+
+
+def preset(engine: str) -> str:
+    """The engine whose constants stand for one: that version of it (`sglang-0.5.1.post1` is `sglang-0.5.1`), or any."""
+    found = [e for e in engines() if engine == e or (engine.startswith(f"{e}-") or (engine.startswith(e) and e.count("-")))]
+    if not found:
         raise NarrowsError(f"there is no engine {engine!r}.", where="engine", remedy=closest(engine, engines()))
-    return {name: entry["median"] for name, entry in fitted()[f"engine-{engine}"].items()}
+    return max(found, key=len)
 
 
 @lru_cache(maxsize=100_000)
@@ -98,14 +105,15 @@ def closed_loop(graph: Graph, machine: Machine, layout: Layout, concurrency: int
     c = constants(engine)
     weights, each = _room(graph, machine, layout, prompt + output)
     free = machine.memory.capacity_bytes * min(c.get("memory", 0.9), 1.0) - weights
-    running = float(min(concurrency, max(1, int(free / each)) if each else concurrency))
+    room = max(1, int(free / each)) if each and not prefill else concurrency  # of workers apart, only some are counted
+    running = float(min(concurrency, room))
     read = _step_seconds(graph, machine, prefill or layout, 1, prompt, 0) + c["step_ms"] * 1e-3
     step = _step_seconds(graph, machine, layout, round(running), 1, prompt + output // 2) * c["decode"]
     step += c["step_ms"] * 1e-3 + c["sequence_us"] * 1e-6 * running
     rivals = (running - 1) / (layout.data * prefill_workers)
     held_up = 0.0 if prefill else c["share"] * rivals * read / output
     token = step + held_up
-    first = read * (c["first"] + c["burst"] * rivals) + token + c["intake_ms"] * 1e-3
+    first = read * (c["first"] + c["burst"] * rivals ** c["crowding"]) + token + c["intake_ms"] * 1e-3
     if concurrency > running:  # Little's law: the rest stands in line
         first = max(first, concurrency / running * (first + output * token) - output * token)
     return Served(first, token, running)
