@@ -71,51 +71,220 @@ def stages() -> list[Stage]:
     found = []
     for family in ("ampere", "cdna2"):
         found += [
-            Stage(f"gemm {family}", family, {"matmul": 0.85, "memory": 0.8, "call-gemm": 20.0}, at(family, "GEMM"), k, ("gemm",), ("matmul",)),
-            Stage(f"softmax {family}", family, {"memory-softmax": 0.5, "call-softmax": 13.0}, at(family, "softmax"), k, ("pointwise",)),
-            Stage(f"layernorm {family}", family, {"memory-norm": 0.7, "call-layernorm": 25.0, "call_least-layernorm": 50.0},
-                  at(family, "layernorm"), k, ("pointwise",), ("memory-norm",)),
-            Stage(f"gelu {family}", family, {"memory-pointwise": 0.75, "call-gelu": 30.0, "call_least-gelu": 45.0},
-                  at(family, "gelu"), k, ("pointwise",), ("memory-pointwise",)),
-        ]  # fmt: skip
-    found.append(Stage("attention hopper", "hopper",
-                       {"attention": 0.8, "attention-flash2": 0.4, "attention-cudnn": 0.6, "attention-triton": 0.5, "attention-flash3": 0.75,
-                        "attention_head": 30.0, "attention_keys": 150.0},
-                       lambda r: r.get("phase") == "operator" and at("hopper", "Flash", "cuDNN", "Triton")(r), k, ("attention",), ("attention",), 900))  # fmt: skip
-    found.append(Stage("nvlink", "gpu", {"link": 0.95, "link_base": 3.0, "link_hop": 0.6, "link_ramp": 2e7}, collective("nvlink"), k, ("collectives",), ("link",)))
+            Stage(
+                f"gemm {family}",
+                family,
+                {"matmul": 0.85, "memory": 0.8, "call-gemm": 20.0},
+                at(family, "GEMM"),
+                k,
+                ("gemm",),
+                ("matmul",),
+            ),
+            Stage(
+                f"softmax {family}",
+                family,
+                {"memory-softmax": 0.5, "call-softmax": 13.0},
+                at(family, "softmax"),
+                k,
+                ("pointwise",),
+            ),
+            Stage(
+                f"layernorm {family}",
+                family,
+                {"memory-norm": 0.8, "memory-norm-wide": 0.5, "call-layernorm": 30.0, "call_least-layernorm": 50.0},
+                at(family, "layernorm"),
+                k,
+                ("pointwise",),
+                ("memory-norm", "memory-norm-wide"),
+            ),
+            Stage(
+                f"gelu {family}",
+                family,
+                {"memory-pointwise": 0.75, "call-gelu": 30.0, "call_least-gelu": 45.0},
+                at(family, "gelu"),
+                k,
+                ("pointwise",),
+                ("memory-pointwise",),
+            ),
+        ]
+    found.append(
+        Stage(
+            "attention hopper",
+            "hopper",
+            {
+                "attention": 0.8,
+                "attention-flash2": 0.4,
+                "attention-cudnn": 0.6,
+                "attention-triton": 0.5,
+                "attention_head": 30.0,
+                "attention_keys": 150.0,
+            },
+            lambda r: r.get("phase") == "operator" and at("hopper", "Flash", "cuDNN", "Triton")(r),
+            k,
+            ("attention",),
+            ("attention",),
+            900,
+        )
+    )
+    found.append(
+        Stage(
+            "nvlink",
+            "gpu",
+            {"link": 0.95, "link_base": 3.0, "link_hop": 0.6, "link_ramp": 2e7},
+            collective("nvlink"),
+            k,
+            ("collectives",),
+            ("link",),
+        )
+    )
     for over, bandwidth in (("pcie", 6.0), ("ethernet", 1.0)):
-        found.append(Stage(over, "gpu", {f"wire-{over}": bandwidth, f"link_base-{over}": 3.0, f"link_hop-{over}": 1.0, f"link_ramp-{over}": 1e5},
-                           collective(over), k, ("collectives",)))  # fmt: skip
-    found.append(Stage("decode", "ampere", {"memory-bf16": 0.8, "memory-int8": 0.65, "memory-int4": 0.55, "kernel": 2.0, "link_base": 3.0},
-                       lambda r: r.get("phase") in ("decode", "prefill", "offline_max") and "A100" in r["hardware"], k, ("decode",), ("memory-bf16", "memory-int8", "memory-int4"), 200))  # fmt: skip
-    found.append(Stage("splitwise", "engine-splitwise", {"prefill": 1.3, "decode": 1.05, "launch": 3.5, "crowd": 0.5, "crowd_at": 8000.0, "norm": 6.0,
-                                                         "sequence_us": 100.0, "step_ms": 10.0},
-                       lambda r: "prompt_size" in r, serving.batch, ("splitwise-prompt", "splitwise-token"), (), 500))  # fmt: skip
-    found.append(Stage("hopper", "hopper", {"matmul": 0.7, "matmul-fp8": 0.6, "memory-bf16": 0.8, "memory-fp8": 0.75, "memory-fp4": 0.5, "kernel": 1.2, "link_base": 2.5},
-                       lambda r: r.get("mode") == "agg" and r["backend"] != "sglang" and (r["concurrency"] or "999") in ("4", "8", "16", "32", "64"),
-                       serving.closed, ("serving-tpot",), ("matmul", "matmul-fp8", "memory-bf16", "memory-fp8", "memory-fp4"), 160, 90))  # fmt: skip
+        found.append(
+            Stage(
+                over,
+                "gpu",
+                {f"wire-{over}": bandwidth, f"link_base-{over}": 3.0, f"link_hop-{over}": 1.0, f"link_ramp-{over}": 1e5},
+                collective(over),
+                k,
+                ("collectives",),
+            )
+        )
+    found.append(
+        Stage(
+            "decode",
+            "ampere",
+            {"memory-bf16": 0.8, "memory-int8": 0.65, "memory-int4": 0.55, "kernel": 2.0, "link_base": 3.0},
+            lambda r: r.get("phase") in ("decode", "prefill", "offline_max") and "A100" in r["hardware"],
+            k,
+            ("decode",),
+            ("memory-bf16", "memory-int8", "memory-int4"),
+            200,
+        )
+    )
+    found.append(
+        Stage(
+            "splitwise",
+            "engine-splitwise",
+            {
+                "prefill": 1.3,
+                "decode": 1.05,
+                "launch": 3.5,
+                "crowd": 0.5,
+                "crowd_at": 8000.0,
+                "norm": 6.0,
+                "sequence_us": 100.0,
+                "step_ms": 10.0,
+            },
+            lambda r: "prompt_size" in r,
+            serving.batch,
+            ("splitwise-prompt", "splitwise-token"),
+            (),
+            500,
+        )
+    )
+    found.append(
+        Stage(
+            "hopper",
+            "hopper",
+            {
+                "matmul": 0.7,
+                "matmul-fp8": 0.6,
+                "memory-bf16": 0.8,
+                "memory-fp8": 0.75,
+                "memory-fp4": 0.5,
+                "kernel": 1.2,
+                "link_base": 2.5,
+            },
+            lambda r: (
+                r.get("mode") == "agg"
+                and r["backend"] != "sglang"
+                and (r["concurrency"] or "999") in ("4", "8", "16", "32", "64")
+            ),
+            serving.closed,
+            ("serving-tpot",),
+            ("matmul", "matmul-fp8", "memory-bf16", "memory-fp8", "memory-fp4"),
+            160,
+            90,
+        )
+    )
     for engine in ("trtllm", "vllm", "sglang", "sglang-0.5.1"):
         for mode in ("agg", "disagg"):
             name = engine + ("-disagg" if mode == "disagg" else "")
-            first = {"decode": 1.05, "step_ms": 1.0, "sequence_us": 10.0, "first": 1.5, "burst": 0.06, "crowding": 0.9, "intake_ms": 20.0 if mode == "agg" else 500.0}
+            first = {
+                "decode": 1.05,
+                "step_ms": 1.0,
+                "sequence_us": 10.0,
+                "first": 1.5,
+                "burst": 0.06,
+                "crowding": 0.9,
+                "intake_ms": 20.0 if mode == "agg" else 500.0,
+            }
             first |= {"share": 0.9, "memory": 0.88} if mode == "agg" else {}
-            found.append(Stage(f"serving {name}", f"engine-{name}", first, engine_rows(name), serving.closed,
-                               ("serving-ttft", "serving-tpot"), (), 400))  # fmt: skip
-    t, names = training.forecast, ("training-sc21", "training-other", "training-single-node", "training-tuning-log", "training-v100-log", "training-llm-foundry")
+            found.append(
+                Stage(
+                    f"serving {name}",
+                    f"engine-{name}",
+                    first,
+                    engine_rows(name),
+                    serving.closed,
+                    ("serving-ttft", "serving-tpot"),
+                    (),
+                    400,
+                )
+            )
+    t, names = (
+        training.forecast,
+        (
+            "training-sc21",
+            "training-other",
+            "training-single-node",
+            "training-tuning-log",
+            "training-v100-log",
+            "training-llm-foundry",
+        ),
+    )
     found += [
-        Stage("training megatron", "training",
-              {"sustained": 1.1, "launch": 10.0, "norm": 4.0, "network": 0.7, "pipeline": 0.5, "message_us": 50.0, "step_ms": 8.0},
-              lambda r: published("SC21", "2205.05198", "tables.tex", "2401.10241", "Vocabulary", "playbook")(r) and "ZeRO" not in r["note"]
-              or (published("vTrain")(r) and int(fingerprint(r), 16) % 6 == 0), t, names, (), 500),
+        Stage(
+            "training megatron",
+            "training",
+            {"sustained": 1.1, "launch": 10.0, "norm": 4.0, "network": 0.7, "pipeline": 0.5, "message_us": 50.0, "step_ms": 8.0},
+            lambda r: (
+                (
+                    published("SC21", "2205.05198", "tables.tex", "2401.10241", "Vocabulary", "playbook")(r)
+                    and "ZeRO" not in r["note"]
+                )
+                or (published("vTrain")(r) and int(fingerprint(r), 16) % 6 == 0)
+            ),
+            t,
+            names,
+            (),
+            500,
+        ),
         Stage("training ampere", "ampere", {"unaligned": 0.05}, published("prequel"), t, names, (), 40),
-        Stage("training deepspeed", "training-deepspeed", {"sustained": 1.35, "network": 0.8, "pipeline": 0.8, "message_us": 300.0},
-              published("prequel"), t, names, (), 200),
+        Stage(
+            "training deepspeed",
+            "training-deepspeed",
+            {"sustained": 1.35, "network": 0.8, "pipeline": 0.8, "message_us": 300.0},
+            published("prequel"),
+            t,
+            names,
+            (),
+            200,
+        ),
         Stage("training zero", "training-deepspeed", {"exposed": 0.9}, lambda r: "ZeRO-3" in r.get("note", ""), t, names, (), 40),
         Stage("training unaligned", "ampere", {"unaligned": 0.05}, published("prequel"), t, names, (), 40),
         Stage("training attention", "ampere", {"attention": 0.6}, published("foundry"), t, names, ("attention",), 40),
-        Stage("training fsdp", "training-fsdp", {"sustained": 1.25, "launch": 8.0, "exposed": 0.2, "step_ms": 10.0, "network": 0.6}, published("foundry"), t, names, (), 200),
+        Stage(
+            "training fsdp",
+            "training-fsdp",
+            {"sustained": 1.25, "launch": 8.0, "exposed": 0.2, "step_ms": 10.0, "network": 0.6},
+            published("foundry"),
+            t,
+            names,
+            (),
+            200,
+        ),
         Stage("training volta", "volta", {"matmul": 0.8}, published("gpt2.md", "V100"), t, names, ("matmul",), 40),
-    ]  # fmt: skip
+    ]
     return found
 
 
@@ -123,7 +292,12 @@ def published(*words: str) -> Callable[[Row], bool]:
     """Training rows of certain sources; of two tables of one run, the one that gives a time."""
 
     def wanted(row: Row) -> bool:
-        if "recompute" not in row or "no Flash" in row["note"] or (row["metric"] == "tflops_per_gpu" and "bigscience" in row["source"]) or (row["metric"] in ("mfu", "hfu") and "Vocab" not in row["source"]):
+        if (
+            "recompute" not in row
+            or "no Flash" in row["note"]
+            or (row["metric"] == "tflops_per_gpu" and "bigscience" in row["source"])
+            or (row["metric"] in ("mfu", "hfu") and "Vocab" not in row["source"])
+        ):
             return False
         return any(w in row["source"] for w in words) and not ("V100" in row["hardware"] and "gpt2.md" not in words)
 
@@ -132,7 +306,9 @@ def published(*words: str) -> Callable[[Row], bool]:
 
 def engine_rows(name: str) -> Callable[[Row], bool]:
     """Closed-loop rows whose engine and version are served by one set of constants."""
-    return lambda row: "backend" in row and (row["mode"] == "disagg") == name.endswith("disagg") and serving.engine_of(row) == name
+    return lambda row: (
+        "backend" in row and (row["mode"] == "disagg") == name.endswith("disagg") and serving.engine_of(row) == name
+    )
 
 
 def put(table: str, name: str, value: float, **more: object) -> None:
@@ -158,7 +334,7 @@ def ratios(rows: Sequence[Row], stage: Stage, only: str = "") -> np.ndarray:
 
 
 def solve(stage: Stage, rows: list[Row]) -> np.ndarray:
-    """Minimise the mean of |ratio - 1| and |log ratio|, both capped, of a stage's rows over its constants; what they are is left in `fitted()`."""
+    """Minimise the mean of |ratio - 1| and |log ratio|, both capped, of a stage's rows; its constants are left in `fitted()`."""
     names, guess = list(stage.first), np.log(list(stage.first.values()))
     first = np.log([fitted()[stage.table][name]["median"] for name in names])
 
@@ -166,9 +342,16 @@ def solve(stage: Stage, rows: list[Row]) -> np.ndarray:
         for name, value in zip(names, point, strict=True):
             put(stage.table, name, float(np.exp(value)))
         found = ratios(rows, stage)
-        return float(np.mean(np.minimum(np.abs(found - 1), 1.5) + np.minimum(np.abs(np.log(found)), 1.5))) / 2 + 0.01 * float(np.mean((point - guess) ** 2))
+        return float(np.mean(np.minimum(np.abs(found - 1), 1.5) + np.minimum(np.abs(np.log(found)), 1.5))) / 2 + 0.01 * float(
+            np.mean((point - guess) ** 2)
+        )
 
-    best = minimize(loss, first, method="Nelder-Mead", options={"maxfev": stage.steps, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": _simplex(first)})
+    best = minimize(
+        loss,
+        first,
+        method="Nelder-Mead",
+        options={"maxfev": stage.steps, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": _simplex(first)},
+    )
     loss(best.x)
     return ratios(rows, stage)
 
@@ -216,7 +399,8 @@ def main() -> None:
             if not len(part):
                 continue
             print(f"    {name:<18} held {np.mean(np.abs(part - 1)):>6.1%}  median {np.median(part):.2f}")
-        print(f"{stage.name:<22} {len(found):>4} {np.mean(np.abs(found - 1)):>6.1%} {len(out):>5} {np.mean(np.abs(out - 1)):>6.1%}   {shown}  [{time.monotonic() - begun:.0f} s]", flush=True)
+        errors = f"{len(found):>4} {np.mean(np.abs(found - 1)):>6.1%} {len(out):>5} {np.mean(np.abs(out - 1)):>6.1%}"
+        print(f"{stage.name:<22} {errors}   {shown}  [{time.monotonic() - begun:.0f} s]", flush=True)
     if "--write" in sys.argv:
         spread(tables)
         write(tables)
@@ -227,6 +411,10 @@ def _is(stage: Stage, row: Row) -> bool:
         return stage.rows(row)
     except (NarrowsError, KeyError):
         return False
+
+
+def quoted(name: str) -> str:
+    return f'"{name}"' if "." in name else name
 
 
 HEADER = """\
@@ -245,6 +433,8 @@ HEADER = """\
 def spread(tables: dict[str, list[Row]]) -> None:
     """The residuals of the fitted half: the 80 % interval of every kind of forecast, and the null model of every set."""
     found: dict[tuple[str, str], list[float]] = {}
+    fitted().pop("residuals", None)
+    fitted().pop("null", None)
     for rows in tables.values():
         for row in rows:
             if half(row) == 0:
@@ -252,21 +442,26 @@ def spread(tables: dict[str, list[Row]]) -> None:
                     found.setdefault(("residuals", forecast.key), []).append(forecast.measured / forecast.predicted)
                     found.setdefault(("null", forecast.name), []).append(forecast.measured / forecast.bound)
     for (table, name), values in sorted(found.items()):
-        low, median, high = np.quantile(values, (0.1, 0.5, 0.9))
-        put(table, name, float(median), low=float(low), high=float(high), rows=len(values))
+        n = len(values)  # few rows, and fitted ones: the quantiles lie further out (split conformal, Lei et al. 2018)
+        out = min(0.5, 0.4 * (n + 1) / n + 1 / n)
+        low, median, high = np.quantile(values, (0.5 - out, 0.5, 0.5 + out))
+        put(table, name, float(median), low=float(low), high=float(high), rows=n)
 
 
 def write(tables: dict[str, list[Row]]) -> None:
     """Write the constants, and the fingerprints of every row in the fitted half."""
     lines = [HEADER]
     for table, entries in fitted().items():
-        lines.append(f"[\"{table}\"]" if "." in table else f"[{table}]")
+        lines.append(f"[{quoted(table)}]")
         for name, entry in entries.items():
             if isinstance(entry, list):
                 lines.append(f"{name} = [{', '.join(chr(34) + str(v) + chr(34) for v in entry)}]")
             else:
-                cells = ", ".join(f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" if isinstance(v, int) else f'{k} = "{v}"' for k, v in entry.items())
-                lines.append(f"{name} = {{ {cells} }}")
+                cells = ", ".join(
+                    f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" if isinstance(v, int) else f'{k} = "{v}"'
+                    for k, v in entry.items()
+                )
+                lines.append(f"{quoted(name)} = {{ {cells} }}")
         lines.append("")
     (DATA / "efficiency.toml").write_text("\n".join(lines))
     known = sorted({fingerprint(row) for rows in tables.values() for row in rows if half(row) == 0})

@@ -169,6 +169,14 @@ def test_training_keeps_the_logits_of_the_loss() -> None:
     assert footprint(graph, step).activation_bytes == kept + logits
 
 
+@pytest.mark.parametrize("name", ["whisper-large-v3", "t5-base"])
+def test_an_encoder_does_not_run_in_decode(name: str) -> None:
+    found = diagnose(capture(name), H100, Step.decode(4, 100, 512))
+    assert math.isfinite(found.seconds)
+    assert not [o.op.name for o in found.ops if "encoder.layers" in o.op.name or "encoder.block" in o.op.name]
+    assert float(found.cost.weight_bytes) < 0.7 * float(found.footprint.weights_bytes)
+
+
 def test_inference_holds_what_is_read_later() -> None:
     """At the widest place of a gated MLP: the residual stream, both halves and their product (the norm's result is done with)."""
     found = footprint(capture("llama-3.1-8b"), Step.prefill(1, 2048))

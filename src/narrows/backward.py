@@ -20,19 +20,7 @@ def training(graph: Graph, optimizer_states: int = 2) -> Graph:
         graph = replace(
             graph, ops=tuple(replace(op, saved=op.spec.writes(dict(op.dims))) for op in graph), notes=(*graph.notes, ALL_KEPT)
         )
-    logits = [op for op in graph if op.split == "vocabulary" and op.kind == "linear"]
-    loss = [
-        Op(
-            "loss",
-            "elementwise",
-            {"elements": op["rows"], "reads": op["rows"] * op["outputs"], "flop_per_element": 5 * op["outputs"]},  # type: ignore[operator]
-            act=FP32,
-            saved=op["rows"] * op["outputs"],
-            inputs=(op.name,),
-            kernels=4,
-        )
-        for op in logits
-    ]  # type: ignore[operator]
+    loss = [_loss(op) for op in graph if op.split == "vocabulary" and op.kind == "linear"]
     graph = replace(graph, ops=(*graph.ops, *loss))
     backward: list[Op] = []
     for op in reversed(graph.ops):
@@ -52,6 +40,13 @@ def training(graph: Graph, optimizer_states: int = 2) -> Graph:
         for dtype, n in _owned(graph).items()
     ]
     return replace(graph, ops=(*graph.ops, *backward, *update))
+
+
+def _loss(head: Op) -> Op:
+    """The cross-entropy of what a head gives, in fp32; its probabilities are kept."""
+    rows, words = head["rows"], float(head["outputs"])  # type: ignore[arg-type]
+    dims = {"elements": rows, "reads": rows * words, "flop_per_element": 5 * words}
+    return Op("loss", "elementwise", dims, act=FP32, saved=rows * words, inputs=(head.name,), kernels=4)
 
 
 def _owned(graph: Graph) -> dict[DType, float]:

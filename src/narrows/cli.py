@@ -71,7 +71,7 @@ step_options = _options(
     click.option("--train", "phase", flag_value="train", help="Forward, backward and optimizer over --prompt tokens."),
     click.option("--forward", "phase", flag_value="forward", help="One forward pass (encoders, images)."),
     click.option("--batch", "-b", default=1, show_default=True, help="Sequences or images."),
-    click.option("--prompt", "-p", default=2048, show_default=True, help="New tokens of each sequence (prefill, train, forward)."),
+    click.option("--prompt", "-p", default=2048, show_default=True, help="New tokens of each sequence (all but decode)."),
     click.option("--context", "-c", default=2048, show_default=True, help="Tokens in the cache (decode)."),
     click.option("--source", default=0, help="Tokens that an encoder reads (encoder-decoders)."),
     click.option("--devices", "-n", default=1, show_default=True, help="Devices that share the model (tensor parallelism)."),
@@ -105,7 +105,7 @@ def _captured(model: str, phase: str | None, batch: int, prompt: int, context: i
     if step.phase in ("prefill", "decode") and not causal and ":" not in model:
         raise NarrowsError(f"{graph.name} keeps no cache.", where=f"--{step.phase}", remedy="Use --forward or --train.")
     if not source and any("source" in field for field in graph.fields):
-        raise NarrowsError(f"{graph.name} has an encoder.", where="--source", remedy="Give the tokens that it reads, like --source 512.")
+        raise NarrowsError(f"{graph.name} has an encoder.", where="--source", remedy="Give its tokens, like --source 512.")
     if dtype:
         graph = cast(graph, DTYPES[dtype])
     return (replace(graph, eager=True) if eager else graph), step
@@ -201,11 +201,12 @@ def diagnose(model: str, machine: str, phase: str | None, batch: int, prompt: in
 @click.argument("model")
 @machine_option
 @step_options
-@click.option("--within", type=float, help="Only plans that are exact, or whose measured perplexity is at most this times the original's.")
+@click.option("--within", type=float, help="Only plans that are exact, or measured to keep quality within this ratio.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Also write a report with plots to this file.")
 @as_json_option
 def prescribe(model: str, machine: str, phase: str | None, batch: int, prompt: int, context: int, source: int, devices: int,
-              replicas: int, dtype: str | None, eager: bool, within: float | None, html: str | None, as_json: bool) -> None:  # fmt: skip
+              replicas: int, dtype: str | None, eager: bool, within: float | None, html: str | None,
+              as_json: bool) -> None:  # fmt: skip
     """Which techniques would help this step, by how much, at what price, and why not the others."""
     from narrows import prescribe as prescribing
 
@@ -256,13 +257,13 @@ def apply(model: str, plan: str, out: str, text: str | None, overwrite: bool, as
 @click.option("--prompt", "-p", default=128, show_default=True, help="Prompt of the timed prefill.")
 @click.option("--context", "-c", default=128, show_default=True, help="Context of the timed decode step.")
 @click.option("--max-perplexity", default=1.10, show_default=True, help="Refuse above this ratio to the original's.")
-@click.option("--rounds", default=15, show_default=True, help="Interleaved timings.")
+@click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Interleaved timings.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Also write a report with plots to this file.")
 @click.option("--results", type=click.Path(dir_okay=False), help="Append the measured rows to this CSV.")
 @as_json_option
 def verify(before: str, after: str, machine: str, text: str | None, quality: str | None, prompt: int, context: int,
            max_perplexity: float, rounds: int, html: str | None, results: str | None, as_json: bool) -> None:  # fmt: skip
-    """Measure AFTER (a directory written by apply) beside BEFORE: quality, speed, bytes, and the prediction. Exit 1 if it fails."""
+    """Measure AFTER (a directory that apply wrote) beside BEFORE: quality, speed, bytes, prediction. Exit 1 if it fails."""
     require("narrows verify", "hf", "torch", "transformers", "safetensors")
     from narrows import verify as verifying
     from narrows import workflow
@@ -361,8 +362,10 @@ def machines(as_json: bool) -> None:
     found = [bundled.machine(name) for name in bundled.machines()]
     groups = [bundled.cluster(name) for name in bundled.clusters()]
     if as_json:
-        _print({"machines": [{"name": m.name, "title": m.title, "kind": m.kind, **m.figures()} for m in found],
-                "clusters": [{"name": c.name, "title": c.title, "machine": c.machine.name, **c.figures()} for c in groups]})  # fmt: skip
+        _print({"machines": [{"name": m.name, "title": m.title, "kind": m.kind, **m.figures()}
+                             for m in found],
+                "clusters": [{"name": c.name, "title": c.title, "machine": c.machine.name, **c.figures()}
+                             for c in groups]})  # fmt: skip
     else:
         from narrows.report.terminal import show_machines
 
@@ -406,6 +409,34 @@ def calibrate(out: str | None, as_json: bool) -> None:
 
         show_machines([found], _console())
         click.echo(f"wrote {file}")
+
+
+@cli.command()
+@click.option("--set", "only", default="", metavar="NAME", help="Only sets whose name starts so: serving, training-sc21, gemm, ...")
+@click.option("--data", type=click.Path(exists=True), help="A folder of measurements, or one CSV file.")
+@click.option("--record", is_flag=True, help="Keep the figures in results/accuracy.csv, from which docs/accuracy.md is made.")
+@as_json_option
+def validate(only: str, data: str | None, record: bool, as_json: bool) -> None:
+    """Judge the cost model on measured rows that it was not fitted on: error, 80 % interval, rank, regret.
+
+    Exit 2 where rows are wrong; the others are judged all the same.
+    """
+    from narrows import validate as validating
+
+    with _progress("validating") as tell:
+        found = validating.validate(Path(data) if data else validating.beside(), only, tell)
+    if record:
+        validating.record(found)
+    if as_json:
+        _print(validating.as_json(found))
+    else:
+        click.echo("\n".join(validating.table(found)))
+        for line in validating.uncovered(found):
+            click.echo(line)
+    for line in found.errors:
+        click.echo(f"error: {line}", err=True)
+    if found.errors:
+        sys.exit(2)
 
 
 @cli.command()

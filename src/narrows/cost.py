@@ -76,7 +76,7 @@ def cost(op: Op, step: Step, eager: bool = False) -> Cost:
     if op.phase == "backward":
         flop, traffic = flop * kind.backward[0], kind.backward[1]
         reads, writes, written = reads * traffic, writes * traffic, weights  # the weights' gradient is written
-    if eager and kind.flop and op.kind in ("norm", "elementwise"):
+    if eager and op.kind in ("norm", "elementwise"):
         reads, writes = reads + (op.kernels - 1) * writes, op.kernels * writes
     if op.kind == "optimizer":  # gradient and states are read; states and weight are written (states are fp32)
         states = dims["elements"] * (op.act.bits / 8 + 4 * dims["states"])

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from narrows.cost import Cost, cost
-from narrows.graph import FP16, DType, Op
+from narrows.graph import FP16, DType, Op, Size
 from narrows.kinds import COLLECTIVES
 from narrows.machine import Machine
 from narrows.step import Amount, Step
 
+WIDE = 8192  # a longer row does not stay in registers between the statistics of a norm and its use: it is read twice
 ATTENTION = ("attention", "latent_attention")
 
 
@@ -156,7 +157,9 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
 
     busy_c, busy_m, body, whole = at(compute.median, memory.median, link.median)
     is_compute = busy_c >= body
-    is_memory = ~is_compute & (busy_m >= body) if isinstance(is_compute, np.ndarray) else (not is_compute) and bool(busy_m >= body)
+    is_memory = (
+        ~is_compute & (busy_m >= body) if isinstance(is_compute, np.ndarray) else (not is_compute) and bool(busy_m >= body)
+    )
     share = body / np.maximum(all_moved, 1e-300) * is_memory
     causes: dict[str, Amount] = {
         "arithmetic": ideal * is_compute,
@@ -188,7 +191,10 @@ def _stream(op: Op, weight: str) -> str:
     """Which kernel's share of the memory bandwidth counts: weights are streamed, norms and pointwise ops have their own."""
     if op.spec.matmul or op.kind == "embedding":
         return "memory" + weight if op.weight else "memory"
-    return "memory-norm" if op.kind == "norm" else "memory-pointwise"
+    if op.kind != "norm":
+        return "memory-pointwise"
+    width = op["width"]
+    return "memory-norm-wide" if not isinstance(width, Size) and width > WIDE else "memory-norm"
 
 
 def aligned(machine: Machine, *sizes: Any) -> Any:
@@ -239,7 +245,9 @@ def _launch(work: Cost, machine: Machine, eager: bool) -> tuple[Any, Any]:
     start = work.launches * machine.kernel_seconds * achieved(machine, "kernel").median
     if machine.kind == "cpu":
         return 0.0, work.launches * machine.launch_seconds
-    return (work.launches * machine.launch_seconds * achieved(machine, "launch").median if eager and machine.kind == "gpu" else 0.0), start
+    return (
+        work.launches * machine.launch_seconds * achieved(machine, "launch").median if eager and machine.kind == "gpu" else 0.0
+    ), start
 
 
 # messages one after another in a ring of `ranks`; small messages of an all-reduce go up and down a tree instead

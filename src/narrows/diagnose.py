@@ -18,6 +18,8 @@ from narrows.machine import Machine
 from narrows.parallel import require_cut, tensor_parallel
 from narrows.step import Amount, Step
 
+OUTSIDE = "Outside of the validated domain: {:.0%} of the time rests on constants not measured on this generation of hardware."
+
 # what-if: how Machine.scaled is told to widen a limit
 WIDENED: dict[Limit, Callable[[Machine, float], Machine]] = {
     Limit.COMPUTE: lambda machine, factor: machine.scaled(compute=factor),
@@ -29,7 +31,10 @@ WIDENED: dict[Limit, Callable[[Machine, float], Machine]] = {
 
 @dataclass(frozen=True)
 class OpDiagnosis:
-    """One op over all its repeats. `bound_seconds` is the roofline at the datasheet's peaks: no kernel can be faster."""
+    """One op over all its repeats. `bound_seconds` is the roofline at the datasheet's peaks: no kernel can be faster.
+
+    `inside`: the constants behind its time were fitted on measurements of this generation of hardware.
+    """
 
     op: Op
     cost: Cost
@@ -37,6 +42,7 @@ class OpDiagnosis:
     low_seconds: float
     high_seconds: float
     bound_seconds: float
+    inside: bool = True
 
     @property
     def seconds(self) -> float:
@@ -132,7 +138,7 @@ def prepared(graph: Graph, step: Step, machine: Machine, devices: int = 1, repli
 
 def timed(ready: Graph, machine: Machine, step: Step) -> tuple[Amount, Amount, Amount]:
     """(predicted, low, high) seconds of a graph as it stands; arrays where the step's fields are arrays."""
-    times = [op_time(op, step, machine, ready.eager) for op in ready]
+    times = [op_time(op, step, machine, ready.eager) for op in ready if op.runs(step)]
     return sum((t.seconds for t in times), 0.0), sum((t.low for t in times), 0.0), sum((t.high for t in times), 0.0)
 
 
@@ -150,12 +156,12 @@ def diagnose(graph: Graph, machine: Machine, step: Step, devices: int = 1, repli
     if np.ndim(step["tokens"]):
         raise NarrowsError("the step has several points.", where="diagnose", remedy="Diagnose one at a time, or use `seconds`.")
     ready = prepared(graph, step, machine, devices, replicas)
-    ops = tuple(_diagnose_op(op, step, machine, ready.eager) for op in ready)
+    ops = tuple(_diagnose_op(op, step, machine, ready.eager) for op in ready if op.runs(step))
     base = math.fsum(o.seconds for o in ops)
 
     def faster(limit: Limit, factor: float) -> float:
         wider = WIDENED[limit](machine, factor)
-        return base / max(sum(float(op_time(op, step, wider, ready.eager).seconds) for op in ready), 1e-300)
+        return base / max(float(timed(ready, wider, step)[0]), 1e-300)  # type: ignore[arg-type]
 
     whole = sum((o.cost for o in ops), Cost())
     what_if = {limit: (faster(limit, 1.1), faster(limit, 2.0)) for limit in WIDENED} if base else {}
@@ -170,7 +176,7 @@ def _diagnose_op(op: Op, step: Step, machine: Machine, eager: bool) -> OpDiagnos
     wire = machine.link or machine.host_link
     sent = float(work.link_bytes) / wire.bandwidth_bytes_per_s if wire else 0.0
     bound = max(float(work.flop) / peak, moved, sent)
-    return OpDiagnosis(op, work, {c: float(s) for c, s in time.causes.items()}, float(time.low), float(time.high), bound)
+    return OpDiagnosis(op, work, {c: float(s) for c, s in time.causes.items()}, float(time.low), float(time.high), bound, time.inside)
 
 
 def as_json(found: Diagnosis) -> dict[str, Any]:

@@ -159,6 +159,11 @@ class Op:
         """All dims as numbers for a step."""
         return {name: at(value, step) for name, value in dict(self.dims).items()}
 
+    def runs(self, step: Step) -> bool:
+        """Whether it has anything to do at a step: the ops of an encoder have nothing in decode."""
+        sizes = [dim.at(step) for dim in dict(self.dims).values() if isinstance(dim, Size) and dim]
+        return not sizes or any(bool(np.any(size)) for size in sizes)
+
     def but(self, **changes: Any) -> "Op":
         """The same op with other fields or dims: `op.but(outputs=64, weight=INT8)`.
 

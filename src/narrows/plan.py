@@ -103,8 +103,10 @@ class Plan:
 
 def _written(technique: Technique) -> str:
     changed: list[Any] = [
-        (f.name, getattr(technique, f.name)) for f in fields(technique) if getattr(technique, f.name) != f.default
-    ]  # type: ignore[arg-type]
+        (f.name, getattr(technique, f.name))
+        for f in fields(technique)  # type: ignore[arg-type]
+        if getattr(technique, f.name) != f.default
+    ]
     return technique.card.slug + (":" if changed else "") + ",".join(f"{n}={v}" for n, v in changed)
 
 

@@ -39,8 +39,8 @@ class Option:
     exact: bool
     price: str
     needs: tuple[str, ...]
-    quality: str
-    quality_ratio: float | None
+    quality: str = ""
+    quality_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def prescribe(
         elif option is not None:
             relieved = ", ".join(one.card.relieves)
             why_not[one.card.slug] = (
-                f"predicted {option.gain:.2f} x, {option.over_free:.2f} x of what is free, and {-option.bytes_saved / 1e6:+.0f} MB: "
+                f"predicted {option.gain:.2f} x, {option.over_free:.2f} x of what is free, {-option.bytes_saved / 1e6:+.0f} MB: "
                 f"it relieves {relieved}; this step is limited by {before.limit}"
             )
     top = sorted(useful, key=lambda one: -useful[one].gain)[:COMBINED]
@@ -187,7 +187,8 @@ def as_json(found: Prescription) -> dict[str, Any]:
     """A prescription as plain data."""
 
     def plain(option: Option) -> dict[str, Any]:
-        return {**{f.name: getattr(option, f.name) for f in fields(option)}, "plan": str(option.plan)}
+        known = {f.name: getattr(option, f.name) for f in fields(option)}
+        return {**known, "plan": str(option.plan), "interval": list(option.interval), "needs": list(option.needs)}
 
     return {
         "model": found.before.model,

@@ -4,6 +4,8 @@ Rows that the constants were fitted on are known by their fingerprints and not j
 counted with its reason; a row that is wrong is named with its column, and the others are judged all the same.
 """
 
+import csv
+import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,8 +17,11 @@ import numpy as np
 
 from narrows.costmodel import fitted
 from narrows.errors import NarrowsError, closest
+from narrows.figures import write
 from narrows.measured import kernels, serving, training
 from narrows.measured.table import Forecast, NotCovered, Row, fingerprint, read
+
+ROOT = Path(__file__).parents[2]
 
 # The best published predictor on (nearly) the same rows: mean absolute percentage error, and whose it is. PEERS of the
 # survey of 2026-11; each ran with its own stock description of the hardware.
@@ -31,10 +36,21 @@ PEERS: dict[str, tuple[float, str]] = {
     "splitwise-token": (0.61, "GenZ"),
 }
 TARGETS: dict[str, float] = {
-    "training-sc21": 0.06, "training-multi-node": 0.12, "training-single-node": 0.20, "training-tuning-log": 0.15, "training-llm-foundry": 0.10,
-    "serving-tpot": 0.20, "serving-ttft": 0.40, "splitwise-prompt": 0.12, "splitwise-token": 0.12,
-    "gemm": 0.15, "attention": 0.15, "pointwise": 0.15, "collectives": 0.15, "decode": 0.15,
-}  # fmt: skip
+    "training-sc21": 0.06,
+    "training-multi-node": 0.12,
+    "training-single-node": 0.20,
+    "training-tuning-log": 0.15,
+    "training-llm-foundry": 0.10,
+    "serving-tpot": 0.20,
+    "serving-ttft": 0.40,
+    "splitwise-prompt": 0.12,
+    "splitwise-token": 0.12,
+    "gemm": 0.15,
+    "attention": 0.15,
+    "pointwise": 0.15,
+    "collectives": 0.15,
+    "decode": 0.15,
+}
 
 
 @dataclass(frozen=True)
@@ -125,10 +141,20 @@ def forecasts(row: Row) -> list[Forecast]:
 
 
 def interval(forecast: Forecast) -> tuple[float, float]:
-    """The 80 % interval of a forecast, by the residuals of its kind among the fitted rows (of all kinds where it has none)."""
+    """The 80 % interval of a forecast, by the residuals of its kind among the fitted rows.
+
+    A kind without residuals of its own takes the widest of its family (`training-...`). Outside of the validated domain
+    the interval is half as wide again, on the logarithmic scale: an assumption, which validation there would replace.
+    """
     known = fitted().get("residuals", {})
-    spread = known.get(forecast.key) or {"low": min((e["low"] for e in known.values()), default=0.5), "high": max((e["high"] for e in known.values()), default=2.0)}
-    return forecast.predicted * spread["low"], forecast.predicted * spread["high"]
+    family = (
+        [known[forecast.key]]
+        if forecast.key in known
+        else [e for k, e in known.items() if k.split("-")[0] == forecast.key.split("-")[0]]
+    )
+    low, high = min((e["low"] for e in family), default=0.5), max((e["high"] for e in family), default=2.0)
+    wide = 1.0 if forecast.inside else 1.5
+    return forecast.predicted * min(low, 1.0) ** wide, forecast.predicted * max(high, 1.0) ** wide
 
 
 def validate(data: Path, only: str = "", progress: Callable[[str], None] = lambda _: None) -> Report:
@@ -138,7 +164,9 @@ def validate(data: Path, only: str = "", progress: Callable[[str], None] = lambd
     """
     places = sorted(data.glob("*.csv")) if data.is_dir() else [data]
     if not places or not all(p.is_file() for p in places):
-        raise NarrowsError("there is no CSV file.", where=str(data), remedy="Give a folder of measurements, or one file, with --data.")
+        raise NarrowsError(
+            "there is no CSV file.", where=str(data), remedy="Give a folder of measurements, or one file, with --data."
+        )
     sets: dict[str, _Set] = {}
     errors: list[str] = []
     ignored: list[str] = []
@@ -147,11 +175,14 @@ def validate(data: Path, only: str = "", progress: Callable[[str], None] = lambd
         rows = read(path)
         table = table_of(rows[0]) if rows else None
         if table is None:
-            ignored.append(f"{path.name}: not a table of {', '.join(t.name for t in TABLES)}." if rows else f"{path.name}: it has no rows.")
+            ignored.append(
+                f"{path.name}: not a table of {', '.join(t.name for t in TABLES)}." if rows else f"{path.name}: it has no rows."
+            )
             continue
         missing = [c for c in table.columns if c not in rows[0]]
         if missing:
-            errors.append(f"{path.name}: row 1: {', '.join(missing)}: missing from a table of {table.name}. Add the columns; none of its {len(rows)} rows is judged.")
+            lost = f"Add the columns; none of its {len(rows)} rows is judged."
+            errors.append(f"{path.name}: row 1: {', '.join(missing)}: missing from a table of {table.name}. {lost}")
         for number, row in enumerate(rows, 2):
             _judge(table, row, f"{path.name}: row {number}", bool(missing), sets, errors)
     names = [name for name in sorted(sets) if name.startswith(only)]
@@ -196,13 +227,25 @@ def _score(name: str, one: _Set) -> Score:
     ends = np.array([interval(f) for _, f in one.found])
     worst = int(np.argmax(error))
     return Score(
-        name, one.rows, len(one.found), float(error.mean()), float(np.median(error)),
-        {"row": one.found[worst][0], "measured": float(measured[worst]), "predicted": float(predicted[worst]), "error": float(error[worst])},
+        name,
+        one.rows,
+        len(one.found),
+        float(error.mean()),
+        float(np.median(error)),
+        {
+            "row": one.found[worst][0],
+            "measured": float(measured[worst]),
+            "predicted": float(predicted[worst]),
+            "error": float(error[worst]),
+        },
         float(np.mean(np.abs(null * bound / measured - 1))),
         float(np.mean((ends[:, 0] <= measured) & (measured <= ends[:, 1]))),
-        _spearman(measured, predicted), _regret([f for _, f in one.found]), one.fitted,
-        float(np.mean([f.inside for _, f in one.found])), one.reasons,
-    )  # fmt: skip
+        _spearman(measured, predicted),
+        _regret([f for _, f in one.found]),
+        one.fitted,
+        float(np.mean([f.inside for _, f in one.found])),
+        one.reasons,
+    )
 
 
 def _ranks(values: Any) -> Any:
@@ -238,22 +281,102 @@ def _regret(found: list[Forecast]) -> float | None:
 def as_json(report: Report) -> list[dict[str, Any]]:
     """The scores as plain data: the stable contract of `narrows validate --json`."""
     return [
-        {"name": s.name, "rows": s.rows, "covered": s.covered, "mape": s.mape, "median": s.median, "worst": s.worst, "null_mape": s.null_mape,
-         "coverage80": s.coverage80, "spearman": s.spearman, "regret": s.regret, "fitted": s.fitted, "inside": s.inside, "target": s.target,
-         "peer": PEERS.get(s.name, (None, ""))[0], "reasons": s.reasons}
+        {
+            "name": s.name,
+            "rows": s.rows,
+            "covered": s.covered,
+            "mape": s.mape,
+            "median": s.median,
+            "worst": s.worst,
+            "null_mape": s.null_mape,
+            "coverage80": s.coverage80,
+            "spearman": s.spearman,
+            "regret": s.regret,
+            "fitted": s.fitted,
+            "inside": s.inside,
+            "target": s.target,
+            "peer": PEERS.get(s.name, (None, ""))[0],
+            "reasons": s.reasons,
+        }
         for s in report.scores
-    ]  # fmt: skip
+    ]
+
+
+_HEADER = (
+    "set",
+    "rows",
+    "covered",
+    "error",
+    "median",
+    "worst",
+    "null",
+    "peer",
+    "target",
+    "in 80 %",
+    "inside",
+    "Spearman",
+    "regret",
+)
 
 
 def lines(report: Report) -> list[list[str]]:
-    """The table for people, header first; a dash where there is no figure."""
+    """The scores as cells for people, header first; a dash where there is no figure."""
+
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
 
-    head = ["set", "rows", "covered", "error", "median", "worst", "null", "peer", "target", "in 80 %", "Spearman", "regret"]
-    return [head] + [
-        [s.name, str(s.rows), str(s.covered), percent(s.mape), percent(s.median), percent(s.worst["error"]) if s.worst else "-", percent(s.null_mape),
-         percent(PEERS[s.name][0]) if s.name in PEERS else "-", percent(s.target), percent(s.coverage80), "-" if s.spearman is None else f"{s.spearman:.3f}",
-         percent(s.regret)]
+    rows = [
+        [
+            s.name,
+            str(s.rows),
+            str(s.covered),
+            percent(s.mape),
+            percent(s.median),
+            percent(s.worst["error"]) if s.worst else "-",
+            percent(s.null_mape),
+            percent(PEERS[s.name][0]) if s.name in PEERS else "-",
+            percent(s.target),
+            percent(s.coverage80),
+            percent(s.inside),
+            "-" if s.spearman is None else f"{s.spearman:.3f}",
+            percent(s.regret),
+        ]
         for s in report.scores
-    ]  # fmt: skip
+    ]
+    return [list(_HEADER), *rows]
+
+
+def table(report: Report) -> list[str]:
+    """The scores as lines of aligned text."""
+    cells = lines(report)
+    wide = [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
+    return [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True))).rstrip()
+        for row in cells
+    ]
+
+
+def uncovered(report: Report) -> list[str]:
+    """One line for each reason that rows are not covered for, and for each file that holds no such table."""
+    found = [f"{s.name}: {count} not covered: {reason}" for s in report.scores for reason, count in s.reasons.items()]
+    return [*found, *(f"not judged: {line}" for line in report.ignored)]
+
+
+def beside() -> Path:
+    """The folder of measurements beside the repository; raises NarrowsError where there is none."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        raise NarrowsError(
+            "no measurements are at hand.",
+            where="--data",
+            remedy="Give a folder of CSV files in the four schemas of docs/accuracy.md.",
+        )
+    return folder
+
+
+def record(report: Report) -> None:
+    """Keep the scores in `results/accuracy.csv`."""
+    (ROOT / "results").mkdir(exist_ok=True)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines(report))
+    write(str(ROOT / "results" / "accuracy.csv"), text.getvalue())

@@ -79,7 +79,7 @@ def perplexity(model: "torch.nn.Module", batches: Batches) -> float:
             logits = model(**batch).logits[:, :-1].float()
             loss += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
             count += ids[:, 1:].numel()
-    return math.exp(loss / count)
+    return math.exp(min(loss / count, 700.0))  # a broken model's loss must not overflow
 
 
 def outputs(model: "torch.nn.Module", batch: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":
@@ -201,7 +201,7 @@ def verify(
     if quality is not None:
         name, measure = quality
         q_before, q_after = measure(before, batches), measure(after, batches)
-        if q_after < q_before * gate.cosine:
+        if not q_after >= q_before * gate.cosine:  # NaN fails too
             failures.append(f"{name} fell from {q_before:.4g} to {q_after:.4g}, below {gate.cosine:g} of the original")
     elif causal:
         name, q_before, q_after = "perplexity", perplexity(before, batches), perplexity(after, batches)
@@ -209,7 +209,7 @@ def verify(
             failures.append(f"perplexity rose from {q_before:.4g} to {q_after:.4g}, above {gate.perplexity:g} times the original")
     else:
         name, q_before, q_after = "cosine", 1.0, cosine
-        if cosine < gate.cosine:
+        if not cosine >= gate.cosine:
             failures.append(f"cosine of the outputs is {cosine:.4f}, below {gate.cosine:g}")
     speed: dict[str, Speed] = {}
     for step, (old, new) in steps.items():

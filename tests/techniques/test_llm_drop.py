@@ -5,7 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import FalconConfig, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
+from transformers import (
+    FalconConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+)
 
 from narrows.capture import capture
 from narrows.capture.torch import from_module
@@ -25,16 +34,18 @@ TOKENS = Size.of(tokens=1)
 def _layer(repeat: int) -> Graph:
     """A stack of layers by hand: norm, attention, add, norm, MLP, add."""
     def linear(name: str, x: str, inputs: int, outputs: int) -> Op:
-        return Op(f"layers.*.{name}", "linear", {"rows": TOKENS, "inputs": inputs, "outputs": outputs}, FP32, FP32, inputs=(x,), repeat=repeat)
+        dims = {"rows": TOKENS, "inputs": inputs, "outputs": outputs}
+        return Op(f"layers.*.{name}", "linear", dims, FP32, FP32, inputs=(x,), repeat=repeat)
 
     def norm(name: str, x: str) -> Op:
         return Op(f"layers.*.{name}", "norm", {"rows": TOKENS, "width": 8}, FP32, FP32, inputs=(x,), repeat=repeat)
 
     def add(name: str, *x: str) -> Op:
-        return Op(f"layers.*.{name}", "elementwise", {"elements": TOKENS * 8, "reads": TOKENS * 16}, FP32, inputs=x, repeat=repeat)
+        dims = {"elements": TOKENS * 8, "reads": TOKENS * 16}
+        return Op(f"layers.*.{name}", "elementwise", dims, FP32, inputs=x, repeat=repeat)
 
-    pairs = {"pairs": Size.of(pairs=1), "context": Size.of(context=1), "held": Size.of(held=1)}
-    attend = Op("layers.*.self_attn", "attention", {"heads": 2, "kv_heads": 2, "head_dim": 4, "value_dim": 4, "queries": TOKENS, **pairs},
+    seen = {"queries": TOKENS, "pairs": Size.of(pairs=1), "context": Size.of(context=1), "held": Size.of(held=1)}
+    attend = Op("layers.*.self_attn", "attention", {"heads": 2, "kv_heads": 2, "head_dim": 4, "value_dim": 4, **seen},
                 FP32, cache=FP32, inputs=("layers.*.self_attn.q_proj",), repeat=repeat)  # fmt: skip
     return Graph("stack", (
         norm("input_layernorm", "embed"), linear("self_attn.q_proj", "layers.*.input_layernorm", 8, 8), attend,
@@ -66,8 +77,9 @@ def test_config_graphs_lose_cache_and_weights_in_proportion() -> None:
     assert graph.parameters - after.parameters == 8 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096)
 
 
-@pytest.mark.parametrize("name,reason", [("gpt2", "known names"), ("falcon-7b", "known names"), ("bert-base", "known names"), ("gemma-2-9b", "differs")])
-def test_graphs_that_are_refused(name: str, reason: str) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "falcon-7b", "bert-base", "gemma-2-9b"])
+def test_graphs_that_are_refused(name: str) -> None:
+    reason = "differs" if name == "gemma-2-9b" else "known names"
     verdict = LLMDrop().check(capture(name), None, Step.forward(1, 64))
     assert not verdict
     assert reason in str(verdict)

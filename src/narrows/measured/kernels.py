@@ -5,24 +5,37 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from narrows.cost import cost
-from narrows.costmodel import achieved, generation, op_time
+from narrows.costmodel import achieved, op_time
 from narrows.diagnose import seconds as step_seconds
 from narrows.errors import NarrowsError
 from narrows.graph import BF16, DTYPES, FP16, DType, Graph, Op
 from narrows.machine import Link, Machine
-from narrows.measured.table import Forecast, NotCovered, Row, count, graph_of, hardware, model, number, rate, seconds
+from narrows.measured.table import Forecast, NotCovered, Row, count, graph_of, hardware, model, rate, seconds
 from narrows.step import Step
 
 COLUMNS = ("model", "hardware", "n_devices", "dtype", "phase", "batch", "prompt", "output", "metric", "value", "unit")
 FORMATS: dict[str, DType] = {
-    **DTYPES, "half": FP16, "float": DTYPES["fp32"], "float16": FP16, "float32": DTYPES["fp32"], "bfloat16": BF16,
-    "int4-g32": DType("int4", 4, 32, 16, 16), "int8": DType("int8", 8, 0, 16),
-}  # fmt: skip
+    **DTYPES,
+    "half": FP16,
+    "float": DTYPES["fp32"],
+    "float16": FP16,
+    "float32": DTYPES["fp32"],
+    "bfloat16": BF16,
+    "int4-g32": DType("int4", 4, 32, 16, 16),
+    "int8": DType("int8", 8, 0, 16),
+}
 ONE = Step.forward(1, 1)
-_KINDS = {"all_gather": "all_gather", "all_reduce": "all_reduce", "reduce_scatter": "reduce_scatter", "alltoall": "all_to_all",
-          "all_to_all": "all_to_all", "sendrecv": "send", "send": "send"}  # fmt: skip
+_KINDS = {
+    "all_gather": "all_gather",
+    "all_reduce": "all_reduce",
+    "reduce_scatter": "reduce_scatter",
+    "alltoall": "all_to_all",
+    "all_to_all": "all_to_all",
+    "sendrecv": "send",
+    "send": "send",
+}
 _SIZES = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
-_ATTENTION = (("FlashAttention-3", "flash3"), ("cuDNN", "cudnn"), ("FlashAttention-2", "flash2"), ("Triton", "triton"))
+_ATTENTION = (("FlashAttention-2", "attention-flash2"), ("cuDNN", "attention-cudnn"), ("Triton", "attention-triton"))
 
 
 def format_of(text: str, column: str = "dtype") -> DType:
@@ -52,7 +65,9 @@ def forecast(row: Row) -> list[Forecast]:
         return [found(row)]
     if phase in ("decode", "prefill", "offline_max"):
         return [_tokens(row)]
-    raise NotCovered(f"the phase {phase[:40]!r} is not known.", where="phase", remedy="Use operator, collective, decode or prefill.")
+    raise NotCovered(
+        f"the phase {phase[:40]!r} is not known.", where="phase", remedy="Use operator, collective, decode or prefill."
+    )
 
 
 def with_weights(graph: Graph, weight: DType, compute: str = "") -> Graph:
@@ -74,8 +89,8 @@ def _timed(row: Row, name: str, op: Op, here: Machine, *, work: float = 0.0) -> 
     bound = bound_seconds(op, here)
     if work:
         measured = rate(row, Gelem_s_as_plotted=1e9, Gelem_s=1e9, TFLOP_s=1e12)
-        return Forecast(_set(name), measured, work / predicted, _key(name, here), work / bound, inside=time.inside)
-    return Forecast(_set(name), seconds(row), predicted, _key(name, here), bound, inside=time.inside)
+        return Forecast(_set(name), measured, work / predicted, _set(name), work / bound, inside=time.inside)
+    return Forecast(_set(name), seconds(row), predicted, _set(name), bound, inside=time.inside)
 
 
 def bound_seconds(op: Op, here: Machine, step: Step = ONE) -> float:
@@ -96,10 +111,6 @@ def _set(name: str) -> str:
     return "pointwise" if name in ("softmax", "layernorm", "gelu") else name
 
 
-def _key(name: str, here: Machine) -> str:
-    return f"{name}-{generation(here.name)}"
-
-
 def _shape(row: Row, pattern: str) -> list[int]:
     found = re.search(pattern, row["model"])
     sizes = [int(s) for s in found.groups()] if found else [0]
@@ -116,7 +127,12 @@ def _gemm(row: Row) -> Forecast:
 
 def _softmax(row: Row) -> Forecast:
     rows, width = _shape(row, r"shape=(\d+)x(\d+)")
-    op = Op("softmax", "elementwise", {"elements": rows * width, "reads": rows * width, "flop_per_element": 5}, act=format_of(row["dtype"]))
+    op = Op(
+        "softmax",
+        "elementwise",
+        {"elements": rows * width, "reads": rows * width, "flop_per_element": 5},
+        act=format_of(row["dtype"]),
+    )
     here = hardware(row["hardware"])
     return _timed(row, "softmax", op, _reaching(here, "memory-pointwise", "memory-softmax"), work=rows * width)
 
@@ -140,16 +156,31 @@ def _attention(row: Row) -> Forecast:
     many = int(heads[1]) if heads else 2048 // head
     causal = "causal" in row["model"] and "non-causal" not in row["model"]
     pairs = batch * (length * (length + 1) / 2 if causal else length * length)
-    dims = {"heads": many, "kv_heads": many, "head_dim": head, "value_dim": head, "queries": batch * length, "pairs": pairs, "context": batch * length}
-    kernel = next((key for word, key in _ATTENTION if word in row["model"]), "flash3")
+    dims = {
+        "heads": many,
+        "kv_heads": many,
+        "head_dim": head,
+        "value_dim": head,
+        "queries": batch * length,
+        "pairs": pairs,
+        "context": batch * length,
+    }
+    kernel = next((key for word, key in _ATTENTION if word in row["model"]), "attention")
     op = Op("attention", "attention", dims, act=format_of(row["dtype"]))
-    time = op_time(op, ONE, _reaching(here, "attention", f"attention-{kernel}"))
+    time = op_time(op, ONE, _reaching(here, "attention", kernel))
     work = 4 * many * head * pairs
-    return Forecast("attention", rate(row, TFLOP_s=1e12), work / float(time.seconds), _key("attention", here), here.peak(op.act.name), inside=time.inside)
+    return Forecast(
+        "attention", rate(row, TFLOP_s=1e12), work / float(time.seconds), "attention", here.peak(op.act.name), inside=time.inside
+    )
 
 
 _OPERATORS: tuple[tuple[str, Callable[[Row], Forecast]], ...] = (
-    (r"^GEMM ", _gemm), (r"^softmax ", _softmax), (r"^layernorm ", _layernorm), (r"^gelu ", _gelu), (r"hd\d+", _attention))  # fmt: skip
+    (r"^GEMM ", _gemm),
+    (r"^softmax ", _softmax),
+    (r"^layernorm ", _layernorm),
+    (r"^gelu ", _gelu),
+    (r"hd\d+", _attention),
+)
 
 
 def _reaching(here: Machine, what: str, like: str) -> Machine:
@@ -162,8 +193,16 @@ def _collective(row: Row) -> Forecast:
     kind, ranks, act = _KINDS.get(row["model"].strip()), count(row, "n_devices"), format_of(row["dtype"])
     size = re.fullmatch(r"([\d.]+) ?([KMG]?B?)", row["prompt"].strip())
     if kind is None or size is None or ranks < 2:
-        where, what = ("model", row["model"]) if kind is None else ("prompt", row["prompt"]) if size is None else ("n_devices", row["n_devices"])
-        raise NarrowsError(f"{what[:40]!r} is not known here.", where=where, remedy="Give a collective, a size like 64 KB, 2 or more devices.")
+        where, what = (
+            ("model", row["model"])
+            if kind is None
+            else ("prompt", row["prompt"])
+            if size is None
+            else ("n_devices", row["n_devices"])
+        )
+        raise NarrowsError(
+            f"{what[:40]!r} is not known here.", where=where, remedy="Give a collective, a size like 64 KB, 2 or more devices."
+        )
     nodes = re.search(r"nodes=(\d+)", row.get("note") or "")
     many, here = int(nodes[1]) if nodes else 1, hardware(row["hardware"])
     elements = float(size[1]) * _SIZES[size[2]] * 8 / act.bits
@@ -175,10 +214,22 @@ def _collective(row: Row) -> Forecast:
         scales = {k: achieved(here, f"link_{k}-{over}").median for k in ("base", "hop", "ramp")}
         own = {f"link_{k}": {"median": v, "low": v, "high": v} for k, v in scales.items()}
         own["link"] = {"median": 1.0, "low": 1.0, "high": 1.0}
-        here = replace(here, links=(link,) if over != "pcie" else (replace(link, name="ring"),), efficiency={**here.efficiency, **own}, sources={})
+        here = replace(
+            here,
+            links=(link,) if over != "pcie" else (replace(link, name="ring"),),
+            efficiency={**here.efficiency, **own},
+            sources={},
+        )
     op = Op(kind, kind, {"elements": elements, "ranks": ranks}, act=act)
     time = op_time(op, ONE, here)
-    return Forecast("collectives", seconds(row), float(time.seconds), f"link{'-' + over if over else ''}", bound_seconds(op, here), inside=time.inside)
+    return Forecast(
+        "collectives",
+        seconds(row),
+        float(time.seconds),
+        f"link{'-' + over if over else ''}",
+        bound_seconds(op, here),
+        inside=time.inside,
+    )
 
 
 def _tokens(row: Row) -> Forecast:
@@ -193,8 +244,14 @@ def _tokens(row: Row) -> Forecast:
     prompt = int(row["prompt"]) if row["prompt"].strip().isdigit() else 128
     graph = with_weights(graph_of(name), act) if act.bits < 16 else graph_of(name)
     if row["metric"] == "ttft":
-        first = Step.prefill(batch, prompt)
-        return Forecast("decode", seconds(row), float(step_seconds(graph, here, first, devices)[0]), "decode", model_bound(graph, here, first, devices))
+        whole = Step.prefill(batch, prompt)
+        return Forecast(
+            "decode",
+            seconds(row),
+            float(step_seconds(graph, here, whole, devices)[0]),
+            "decode",
+            model_bound(graph, here, whole, devices),
+        )
     out = count(row, "output")
     later = Step.decode(batch, prompt + out // 2)
     step = float(step_seconds(graph, here, later, devices)[0])
@@ -202,4 +259,3 @@ def _tokens(row: Row) -> Forecast:
     measured = rate(row, tok_s=1.0, tok_s_GPU=float(devices))
     bound = batch / model_bound(graph, here, later, devices)
     return Forecast("decode", measured, batch * out / (first + out * step), "decode", bound, f"{name} {here.name}", "max")
-

@@ -4,16 +4,35 @@ from functools import cache
 
 from narrows.costmodel import ATTENTION, generation
 from narrows.errors import NarrowsError
+from narrows.footprint import footprint
 from narrows.graph import BF16, DTYPES, FP8, FP16, Graph
 from narrows.measured.kernels import model_bound, with_weights
 from narrows.measured.table import Forecast, NotCovered, Row, count, graph_of, hardware, model, number
+from narrows.parallel import tensor_parallel
 from narrows.simulate.closed_loop import Layout, closed_loop, one_batch, preset
 from narrows.step import Step
 
-CLOSED_LOOP = ("backend", "model_path", "system", "precision", "mode", "isl", "osl", "gemm_quant_mode", "batch_size", "tp_size",
-               "attention_dp_size", "moe_tp_size", "moe_ep_size", "silicon_ttft_ms", "silicon_tpot_ms", "concurrency")  # fmt: skip
+CLOSED_LOOP = (
+    "backend",
+    "model_path",
+    "system",
+    "precision",
+    "mode",
+    "isl",
+    "osl",
+    "gemm_quant_mode",
+    "batch_size",
+    "tp_size",
+    "attention_dp_size",
+    "moe_tp_size",
+    "moe_ep_size",
+    "silicon_ttft_ms",
+    "silicon_tpot_ms",
+    "concurrency",
+)
 ONE_BATCH = ("model", "hardware", "prompt_size", "batch_size", "token_size", "prompt_time", "token_time", "tensor_parallel")
 
+FITS = 0.88  # of the device's memory; the rest is the driver's, the allocator's and the communication library's
 _SEEN = ("qwen3-32b", "llama-3.1-8b", "gpt-oss-120b", "deepseek-v3")  # what the engines' constants were fitted on
 
 
@@ -24,20 +43,39 @@ def served_graph(name: str, precision: str, capability: bool, small_cache: bool 
     `small_cache`: keys and values are kept in fp8 as well (TensorRT-LLM's default for such checkpoints).
     """
     graph, wanted = graph_of(name), precision.strip().lower()
-    known = {"": BF16, "bf16": BF16, "fp16": FP16, "bfloat16": BF16, "fp8": FP8, "fp8_block": FP8, "fp4": DTYPES["fp4"], "nvfp4": DTYPES["fp4"],
-             "int8": DTYPES["int8"], "int4": DTYPES["int4"], "w4afp8": DTYPES["int4"], "mxfp4": DTYPES["fp4"]}  # fmt: skip
+    known = {
+        "": BF16,
+        "bf16": BF16,
+        "fp16": FP16,
+        "bfloat16": BF16,
+        "fp8": FP8,
+        "fp8_block": FP8,
+        "fp4": DTYPES["fp4"],
+        "nvfp4": DTYPES["fp4"],
+        "int8": DTYPES["int8"],
+        "int4": DTYPES["int4"],
+        "w4afp8": DTYPES["int4"],
+        "mxfp4": DTYPES["fp4"],
+    }
     if wanted not in known:
         raise NarrowsError(f"{precision[:40]!r} is not a format.", where="gemm_quant_mode", remedy=f"Use {', '.join(known)}.")
     if small_cache and wanted.startswith("fp8"):
         graph = graph.map(lambda op: op.but(cache=FP8) if op.kind in ATTENTION else op)
     if any(op.kind == "expert" and op.weight and op.weight.bits <= 8 for op in graph):
         return graph  # shipped in few bits: the format of its experts is what is served
-    return with_weights(graph, known[wanted], "fp8" if wanted.startswith("fp8") and capability else "") if known[wanted].bits < 16 else graph
+    return (
+        with_weights(graph, known[wanted], "fp8" if wanted.startswith("fp8") and capability else "")
+        if known[wanted].bits < 16
+        else graph
+    )
 
 
 def _layout(row: Row, prefix: str) -> Layout:
     """The devices of a replica. Where the expert columns name the same number twice, the source counts it twice."""
-    tensor, data = count(row, f"{prefix}tp_size", 1), count(row, f"{prefix}attention_dp_size", 1) if row.get(f"{prefix}attention_dp_size", "") != "0" else 1
+    tensor, data = (
+        count(row, f"{prefix}tp_size", 1),
+        count(row, f"{prefix}attention_dp_size", 1) if row.get(f"{prefix}attention_dp_size", "") != "0" else 1,
+    )
     experts = [int(v) if (v := (row.get(f"{prefix}moe_{k}_size") or "").strip()).isdigit() else 0 for k in ("tp", "ep")]
     if min(experts) > 1 and experts[0] == experts[1]:
         return Layout(1, experts[0]) if data > 1 else Layout(experts[0], 1)
@@ -48,13 +86,19 @@ def _layout(row: Row, prefix: str) -> Layout:
 
 def engine_of(row: Row) -> str:
     """The set of constants that serves a closed-loop row: of its engine and version, or of workers apart."""
-    return preset(f"{row['backend'].strip().lower()}-{'disagg' if row['mode'].strip() == 'disagg' else (row.get('backend_version') or '').strip()}")
+    version = "disagg" if row["mode"].strip() == "disagg" else (row.get("backend_version") or "").strip()
+    return preset(f"{row['backend'].strip().lower()}-{version}")
 
 
 def closed(row: Row) -> list[Forecast]:
     """Forecasts of a closed-loop row: time to first token and per output token."""
     here, name = hardware(row["system"], "system"), model(row["model_path"], "model_path")
-    graph = served_graph(name, row["gemm_quant_mode"] or row["precision"], "fp8" in here.peak_flop_per_s, row["backend"].strip().lower() == "trtllm")
+    graph = served_graph(
+        name,
+        row["gemm_quant_mode"] or row["precision"],
+        "fp8" in here.peak_flop_per_s,
+        row["backend"].strip().lower() == "trtllm",
+    )
     prompt, output = count(row, "isl"), count(row, "osl")
     first, each = (number(row, f"silicon_{k}_ms") * 1e-3 for k in ("ttft", "tpot"))
     apart, mode = row["mode"].strip() == "disagg", row["mode"].strip()
@@ -66,7 +110,9 @@ def closed(row: Row) -> list[Forecast]:
     many = count(row, "concurrency", batch)
     backend, engine = row["backend"].strip().lower(), engine_of(row)
     prefill = _layout(row, "prefill_") if apart else None
-    found = closed_loop(graph, here, layout, max(1, round(many / workers)), prompt, output, engine, prefill, count(row, "prefill_num_workers", 1))
+    found = closed_loop(
+        graph, here, layout, max(1, round(many / workers)), prompt, output, engine, prefill, count(row, "prefill_num_workers", 1)
+    )
     job = f"{name} {here.name} {backend} {mode} {prompt} {output}"
     read = model_bound(graph, here, Step.prefill(1, prompt), (prefill or layout).devices)
     step = model_bound(graph, here, Step.decode(max(1, many // workers), prompt + output // 2), layout.devices)
@@ -85,9 +131,19 @@ def batch(row: Row) -> list[Forecast]:
     capped = "pcap" in row["hardware"].lower()
     if capped:
         raise NotCovered("power caps are not modelled.", where="hardware", remedy="Judge rows at full power.")
-    found = one_batch(graph_of(name), here, Layout(devices), many, prompt, output, "splitwise")
+    graph = graph_of(name)
+    held = footprint(tensor_parallel(graph, devices), Step.prefill(many, prompt))
+    if float(held.total_bytes) > FITS * here.memory.capacity_bytes:
+        raise NotCovered(
+            f"{many} sequences do not fit: they are read and answered in turns.",
+            where="batch_size",
+            remedy="Judge batches that fit.",
+        )
+    found = one_batch(graph, here, Layout(devices), many, prompt, output, "splitwise")
     job = f"{name} {here.name} {many} {prompt} {output}"
-    read, step = (model_bound(graph, here, s, devices) for s in (Step.prefill(many, prompt), Step.decode(many, prompt + output // 2)))
+    read, step = (
+        model_bound(graph, here, s, devices) for s in (Step.prefill(many, prompt), Step.decode(many, prompt + output // 2))
+    )
     seen = generation(here.name) == "ampere"
     return [
         Forecast("splitwise-prompt", first, found.first, "prompt", read, job, inside=seen),

@@ -18,12 +18,32 @@ Row = Mapping[str, str]
 
 # How published tables name hardware, most special first, and the bundled machine that it is.
 _HARDWARE = (
-    (r"gb[23]00", "gb200"), (r"b200", "b200"), (r"gh200|h200", "h200"), (r"h100.*(pcie|nvl)", "h100-pcie"), (r"h100", "h100-sxm"),
-    (r"h800", "h800"), (r"h20\b", "h20"), (r"a100.*pcie", "a100-pcie-40gb"), (r"a100.*40 ?gb", "a100-40gb"), (r"a100", "a100-80gb"),
-    (r"a10\b", "a10"), (r"a40\b", "a40"), (r"v100", "v100-sxm2-32gb"), (r"t4\b", "t4"), (r"rtx.?pro.?6000", "rtx-pro-6000"),
-    (r"4090", "rtx-4090"), (r"3090", "rtx-3090"), (r"l40s?\b", "l40s"), (r"l4\b", "l4"), (r"mi300", "mi300x"), (r"mi250", "mi250x"),
-    (r"mi210", "mi210"), (r"tpu.?v5p", "tpu-v5p"), (r"tpu.?v5e", "tpu-v5e"), (r"tpu.?v4", "tpu-v4"),
-)  # fmt: skip
+    (r"gb[23]00", "gb200"),
+    (r"b200", "b200"),
+    (r"gh200|h200", "h200"),
+    (r"h100.*(pcie|nvl)", "h100-pcie"),
+    (r"h100", "h100-sxm"),
+    (r"h800", "h800"),
+    (r"h20\b", "h20"),
+    (r"a100.*pcie", "a100-pcie-40gb"),
+    (r"a100.*40 ?gb", "a100-40gb"),
+    (r"a100", "a100-80gb"),
+    (r"a10\b", "a10"),
+    (r"a40\b", "a40"),
+    (r"v100", "v100-sxm2-32gb"),
+    (r"t4\b", "t4"),
+    (r"rtx.?pro.?6000", "rtx-pro-6000"),
+    (r"4090", "rtx-4090"),
+    (r"3090", "rtx-3090"),
+    (r"l40s?\b", "l40s"),
+    (r"l4\b", "l4"),
+    (r"mi300", "mi300x"),
+    (r"mi250", "mi250x"),
+    (r"mi210", "mi210"),
+    (r"tpu.?v5p", "tpu-v5p"),
+    (r"tpu.?v5e", "tpu-v5e"),
+    (r"tpu.?v4", "tpu-v4"),
+)
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "days": 86400.0}
 
 
@@ -107,7 +127,9 @@ def hardware(text: str, column: str = "hardware") -> Machine:
     low = text.lower().replace("_", " ").replace("-", " ")
     found = next((name for pattern, name in _HARDWARE if re.search(pattern, low)), None)
     if found is None:
-        raise NarrowsError(f"there is no machine {text[:60]!r}.", where=column, remedy="`narrows machines` lists those there are.")
+        raise NarrowsError(
+            f"there is no machine {text[:60]!r}.", where=column, remedy="`narrows machines` lists those there are."
+        )
     return machine(found)
 
 
@@ -141,14 +163,41 @@ def configuration(row: Row) -> tuple[str, ...]:
     Of a closed loop, all layouts of one job count as one; of a collective, its formats.
     """
     if "silicon_ttft_ms" in row:
-        return tuple(row.get(k, "") for k in ("backend", "model_path", "system", "mode", "isl", "osl", "concurrency", "batch_size"))
+        return tuple(
+            row.get(k, "") for k in ("backend", "model_path", "system", "mode", "isl", "osl", "concurrency", "batch_size")
+        )
     if "prompt_size" in row:
         return tuple(row.get(k, "") for k in ("model", "prompt_size", "batch_size", "token_size", "tensor_parallel"))
     if "recompute" in row:
         said = re.findall(r"(hidden|layers|heads|schedule|method|vocab|PTD|Flash\w+)[ =]*([\w-]*)", row.get("note") or "")
-        kept = ("source", "model", "hardware", "n_devices", "tp", "pp", "dp", "microbatch", "global_batch", "seq", "precision", "recompute")
+        kept = (
+            "source",
+            "model",
+            "hardware",
+            "n_devices",
+            "tp",
+            "pp",
+            "dp",
+            "microbatch",
+            "global_batch",
+            "seq",
+            "precision",
+            "recompute",
+        )
         return (*(row.get(k, "") for k in kept), repr(said))
-    return tuple(row.get(k, "") for k in ("model", "hardware", "n_devices", "phase", "batch", "prompt", "output", "note" if row.get("phase") == "collective" else "phase"))
+    return tuple(
+        row.get(k, "")
+        for k in (
+            "model",
+            "hardware",
+            "n_devices",
+            "phase",
+            "batch",
+            "prompt",
+            "output",
+            "note" if row.get("phase") == "collective" else "phase",
+        )
+    )
 
 
 def half(row: Row) -> int:

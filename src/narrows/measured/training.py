@@ -8,30 +8,83 @@ from narrows.machine import Machine
 from narrows.measured.table import Forecast, NotCovered, Row, count, hardware, number, seconds
 from narrows.simulate.training import Fabric, Shape, Split, step_seconds
 
-COLUMNS = ("source", "model", "params", "hardware", "n_devices", "tp", "pp", "dp", "microbatch", "global_batch", "seq", "precision",
-           "recompute", "metric", "value", "unit", "note")  # fmt: skip
+COLUMNS = (
+    "source",
+    "model",
+    "params",
+    "hardware",
+    "n_devices",
+    "tp",
+    "pp",
+    "dp",
+    "microbatch",
+    "global_batch",
+    "seq",
+    "precision",
+    "recompute",
+    "metric",
+    "value",
+    "unit",
+    "note",
+)
 
 # Shapes of published models (hidden, layers, heads): SC21 table 1; Megatron-LM tables of 2021; arXiv 2205.05198 table 3;
 # llm-foundry's MPT configurations; arXiv 2005.14165 table 2.1 for GPT3-*.
 _SHAPES = {
-    "gpt-1.7b": (2304, 24, 24), "gpt-3.6b": (3072, 30, 32), "gpt-7.5b": (4096, 36, 32), "gpt-18b": (6144, 40, 48), "gpt-39b": (8192, 48, 64),
-    "gpt-76b": (10240, 60, 80), "gpt-145b": (12288, 80, 96), "gpt-175b": (12288, 96, 96), "gpt-3 175b": (12288, 96, 96), "gpt-310b": (16384, 96, 128),
-    "gpt-530b": (20480, 105, 128), "mt-nlg 530b": (20480, 105, 128), "gpt-1t": (25600, 128, 160), "1t": (25600, 128, 160), "22b": (6144, 48, 64),
-    "gpt-1b": (1536, 40, 16), "gpt-2b": (1920, 54, 20), "gpt-4b": (2304, 64, 24), "gpt-8b": (3072, 72, 32),
-    "gpt3-1.3b": (2048, 24, 16), "gpt3-2.7b": (2560, 32, 32), "gpt-1.3b": (2048, 24, 16),
-    "mpt-125m": (768, 12, 12), "mpt-350m": (1024, 24, 16), "mpt-760m": (1536, 24, 12), "mpt-1b": (2048, 24, 16), "mpt-3b": (2560, 32, 20),
-    "mpt-7b": (4096, 32, 32), "mpt-13b": (5120, 40, 40), "mpt-30b": (7168, 48, 56), "mpt-70b": (8192, 80, 64),
+    "gpt-1.7b": (2304, 24, 24),
+    "gpt-3.6b": (3072, 30, 32),
+    "gpt-7.5b": (4096, 36, 32),
+    "gpt-18b": (6144, 40, 48),
+    "gpt-39b": (8192, 48, 64),
+    "gpt-76b": (10240, 60, 80),
+    "gpt-145b": (12288, 80, 96),
+    "gpt-175b": (12288, 96, 96),
+    "gpt-3 175b": (12288, 96, 96),
+    "gpt-310b": (16384, 96, 128),
+    "gpt-530b": (20480, 105, 128),
+    "mt-nlg 530b": (20480, 105, 128),
+    "gpt-1t": (25600, 128, 160),
+    "1t": (25600, 128, 160),
+    "22b": (6144, 48, 64),
+    "gpt-1b": (1536, 40, 16),
+    "gpt-2b": (1920, 54, 20),
+    "gpt-4b": (2304, 64, 24),
+    "gpt-8b": (3072, 72, 32),
+    "gpt3-1.3b": (2048, 24, 16),
+    "gpt3-2.7b": (2560, 32, 32),
+    "gpt-1.3b": (2048, 24, 16),
+    "mpt-125m": (768, 12, 12),
+    "mpt-350m": (1024, 24, 16),
+    "mpt-760m": (1536, 24, 12),
+    "mpt-1b": (2048, 24, 16),
+    "mpt-3b": (2560, 32, 20),
+    "mpt-7b": (4096, 32, 32),
+    "mpt-13b": (5120, 40, 40),
+    "mpt-30b": (7168, 48, 56),
+    "mpt-70b": (8192, 80, 64),
     "llama-like 3b": (3072, 28, 24),
-}  # fmt: skip
+}
 _TIMES = ("iteration_time", "step_time", "layer_forward", "layer_backward", "layer_total")
-_RATES = ("tflops_per_gpu", "tokens_per_s_per_gpu", "samples_per_s_per_gpu", "tokens_per_s", "samples_per_s", "mfu", "hfu", "aggregate_pflops", "days_for_300B_tokens")
+_RATES = (
+    "tflops_per_gpu",
+    "tokens_per_s_per_gpu",
+    "samples_per_s_per_gpu",
+    "tokens_per_s",
+    "samples_per_s",
+    "mfu",
+    "hfu",
+    "aggregate_pflops",
+    "days_for_300B_tokens",
+)
 
 
 def forecast(row: Row) -> list[Forecast]:
     """The model's forecast of a row of this schema, as seconds of a step; raises NarrowsError that names the column."""
     metric, note = row["metric"].strip(), row.get("note") or ""
     if metric not in _TIMES + _RATES:
-        raise NotCovered(f"{metric[:40]!r} is not a time or a rate.", where="metric", remedy="Times and rates of a step are judged.")
+        raise NotCovered(
+            f"{metric[:40]!r} is not a time or a rate.", where="metric", remedy="Times and rates of a step are judged."
+        )
     if metric.startswith("layer_"):
         raise NotCovered("the time of a part of a layer is not forecast.", where="metric", remedy="Give the time of a step.")
     if re.search(r"Offl=Y|offload True|cpu offload", note, re.I):
@@ -43,11 +96,17 @@ def forecast(row: Row) -> list[Forecast]:
     measured = _step(row, metric, shape, batch, sequence, devices, machine)
     found = step_seconds(shape, machine, _fabric(row, machine), split, sequence)
     name = _name(row)
-    group = f"{row['source'][:40]} {row['model']} {devices} {batch} {sequence}" if name != "training-single-node" else f"{row['model']} {devices} {batch} {sequence}"
+    group = (
+        f"{row['source'][:40]} {row['model']} {devices} {batch} {sequence}"
+        if name != "training-single-node"
+        else f"{row['model']} {devices} {batch} {sequence}"
+    )
     ideal = _flop(shape, batch, sequence) * (4 / 3 if split.recompute == "full" else 1) / machine.peak("fp16") / devices
     bound = ideal * (1 + (split.pipeline - 1) / split.microbatches)
-    key = f"training-{split.framework or ('node' if devices <= 16 else 'cluster')}"
-    return [Forecast(name, measured, sum(found.values()), key, bound, group, inside=known and generation(machine.name) == "ampere")]
+    key = f"training-{split.framework or ('node' if name == 'training-single-node' else 'cluster')}-{generation(machine.name)}"
+    return [
+        Forecast(name, measured, sum(found.values()), key, bound, group, inside=known and generation(machine.name) == "ampere")
+    ]
 
 
 def _flop(shape: Shape, batch: int, sequence: int) -> float:
@@ -77,7 +136,11 @@ def _name(row: Row) -> str:
 def _sizes(text: str) -> dict[str, int]:
     """hidden, layers and heads as far as a name or a note says them."""
     found = {}
-    for key, pattern in (("hidden", r"(?:hidden|\bh) ?(\d{3,6})"), ("layers", r"(?:\blayers|\bL) ?(\d{1,3})\b(?!/)"), ("heads", r"(?:\bheads|\ba) ?(\d{1,3})\b")):
+    for key, pattern in (
+        ("hidden", r"(?:hidden|\bh) ?(\d{3,6})"),
+        ("layers", r"(?:\blayers|\bL) ?(\d{1,3})\b(?!/)"),
+        ("heads", r"(?:\bheads|\ba) ?(\d{1,3})\b"),
+    ):
         match = re.search(pattern, text)
         if match:
             found[key] = int(match[1])
@@ -91,14 +154,24 @@ def _shape(row: Row) -> tuple[Shape, bool]:
     said = _sizes(f"{row['model']}; {note}")
     base = _SHAPES.get(re.sub(r" one layer$", "", row["model"].strip().lower()))
     vocabulary = re.search(r"vocab (\d+)(k?)", note)
-    size = (int(vocabulary[1]) * (1024 if vocabulary[2] else 1)) if vocabulary else 50368 if row["model"].startswith("MPT") else 51200
-    fused = bool(re.search(r"foundry|playbook|VocabularyParallelism", row["source"])) or ("FlashAttention" in note and "no Flash" not in note)
+    size = (
+        (int(vocabulary[1]) * (1024 if vocabulary[2] else 1))
+        if vocabulary
+        else 50368
+        if row["model"].startswith("MPT")
+        else 51200
+    )
+    fused = bool(re.search(r"foundry|playbook|VocabularyParallelism", row["source"])) or (
+        "FlashAttention" in note and "no Flash" not in note
+    )
     if base and "hidden" not in said:
         return Shape(*base, size, fused), True
     params = number(row, "params") if (row.get("params") or "").strip() else 0.0
     hidden = said.get("hidden") or (128 * max(1, round((params * 128 / 12) ** (1 / 3) / 128)) if params else 0)
     if not hidden:
-        raise NotCovered(f"the shape of {row['model'][:40]!r} is not known.", where="model", remedy="Write h, L and a, like GPT h1024 L24 a16.")
+        raise NotCovered(
+            f"the shape of {row['model'][:40]!r} is not known.", where="model", remedy="Write h, L and a, like GPT h1024 L24 a16."
+        )
     layers = said.get("layers") or (max(1, round(params / 12 / hidden**2)) if params else 0)
     if not layers:
         raise NotCovered("neither layers nor parameters are given.", where="params", remedy="Give one of them.")
@@ -115,11 +188,15 @@ def _split(row: Row, shape: Shape, devices: int) -> tuple[Split, int]:
     data = count(row, "dp", max(1, devices // (tensor * pipeline)))
     micro_given = (row.get("microbatch") or "").strip()
     if not (row.get("global_batch") or "").strip() and "FlashAttention" not in note and "playbook" not in row["source"]:
-        raise NotCovered("the batch of a step is not given.", where="global_batch", remedy="Give it: bubble and exchange depend on it.")
+        raise NotCovered(
+            "the batch of a step is not given.", where="global_batch", remedy="Give it: bubble and exchange depend on it."
+        )
     batch = count(row, "global_batch", data * count(row, "microbatch", 4))
     micro = count(row, "microbatch", max(1, batch // data))
     if tensor * pipeline * data > devices * 1.5 or (tensor > 1 and shape.heads % tensor and shape.hidden % tensor):
-        raise NotCovered(f"{tensor} x {pipeline} x {data} is not {devices} devices.", where="n_devices", remedy="Check tp, pp and dp.")
+        raise NotCovered(
+            f"{tensor} x {pipeline} x {data} is not {devices} devices.", where="n_devices", remedy="Check tp, pp and dp."
+        )
     many = max(1, round(batch / (data * micro)))
     if not micro_given and batch // data > 16:  # nobody keeps that many sequences: a usual microbatch is assumed
         micro, many = 16, max(1, round(batch / data / 16))
@@ -131,16 +208,32 @@ def _split(row: Row, shape: Shape, devices: int) -> tuple[Split, int]:
         interleave = max(1, shape.layers // pipeline)
     recompute = row["recompute"].strip().lower()
     if recompute and not re.match(r"none|full|selective", recompute):
-        raise NarrowsError(f"{recompute[:40]!r} is not a kind of recomputation.", where="recompute", remedy="Use none, selective or full.")
+        raise NarrowsError(
+            f"{recompute[:40]!r} is not a kind of recomputation.", where="recompute", remedy="Use none, selective or full."
+        )
     kind = "full" if recompute.startswith("full") else "selective" if recompute.startswith("selective") else "none"
     return Split(
-        tensor, pipeline, data, micro, many, interleave, kind,
+        tensor,
+        pipeline,
+        data,
+        micro,
+        many,
+        interleave,
+        kind,
         sharded=bool(re.search(r"FULL_SHARD|ZeRO-3|Zero=3|SHARD_GRAD", note)),
         bubble={"ZB-2p": 0.02, "ZB-1p": 0.35, "ZBV": 0.02}.get(word, 1.0),
-        even="layers" if "method redis" in note or "schedule" in note else "output" if re.search(r"method (vocab|interlaced)", note) else "",
+        even="layers"
+        if "method redis" in note or "schedule" in note
+        else "output"
+        if re.search(r"method (vocab|interlaced)", note)
+        else "",
         sequence_parallel="seqpar" in recompute or "TP+SP" in note,
-        framework="fsdp" if "foundry" in row["source"] else "deepspeed" if re.search(r"bigscience|deepspeed|ZeRO-3", row["source"] + note, re.I) else "",
-    ), batch  # fmt: skip
+        framework="fsdp"
+        if "foundry" in row["source"]
+        else "deepspeed"
+        if re.search(r"bigscience|deepspeed|ZeRO-3", row["source"] + note, re.I)
+        else "",
+    ), batch
 
 
 def _step(row: Row, metric: str, shape: Shape, batch: int, sequence: int, devices: int, machine: Machine) -> float:
@@ -149,12 +242,24 @@ def _step(row: Row, metric: str, shape: Shape, batch: int, sequence: int, device
         return seconds(row)
     value, tokens = number(row, "value"), batch * sequence
     model = _flop(shape, batch, sequence)
-    done = model * (4 / 3 if metric in ("tflops_per_gpu", "hfu", "aggregate_pflops") and row["recompute"].startswith("full") and "model flops" not in row["note"] else 1)
-    known = {"tflops_per_gpu": ("TFLOP/s", done / (value * 1e12 * devices)), "aggregate_pflops": ("PFLOP/s", done / (value * 1e15)),
-             "tokens_per_s_per_gpu": ("tok/s", tokens / (value * devices)), "samples_per_s_per_gpu": ("sample/s", batch / (value * devices)),
-             "tokens_per_s": ("tok/s", tokens / value), "samples_per_s": ("sample/s", batch / value),
-             "mfu": ("%", model / (value / 100 * machine.peak("fp16") * devices)), "hfu": ("%", done / (value / 100 * machine.peak("fp16") * devices)),
-             "days_for_300B_tokens": ("days", value * 86400 * tokens / 300e9)}  # fmt: skip
+    done = model * (
+        4 / 3
+        if metric in ("tflops_per_gpu", "hfu", "aggregate_pflops")
+        and row["recompute"].startswith("full")
+        and "model flops" not in row["note"]
+        else 1
+    )
+    known = {
+        "tflops_per_gpu": ("TFLOP/s", done / (value * 1e12 * devices)),
+        "aggregate_pflops": ("PFLOP/s", done / (value * 1e15)),
+        "tokens_per_s_per_gpu": ("tok/s", tokens / (value * devices)),
+        "samples_per_s_per_gpu": ("sample/s", batch / (value * devices)),
+        "tokens_per_s": ("tok/s", tokens / value),
+        "samples_per_s": ("sample/s", batch / value),
+        "mfu": ("%", model / (value / 100 * machine.peak("fp16") * devices)),
+        "hfu": ("%", done / (value / 100 * machine.peak("fp16") * devices)),
+        "days_for_300B_tokens": ("days", value * 86400 * tokens / 300e9),
+    }
     unit, time = known[metric]
     if row["unit"].strip() != unit:
         raise NarrowsError(f"{row['unit'][:40]!r} is not the unit of {metric}.", where="unit", remedy=f"Use {unit}.")

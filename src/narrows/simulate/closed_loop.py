@@ -13,7 +13,7 @@ from narrows.costmodel import fitted
 from narrows.diagnose import seconds
 from narrows.errors import NarrowsError, closest
 from narrows.footprint import footprint
-from narrows.graph import Graph, Op
+from narrows.graph import Graph, Op, Size
 from narrows.machine import Machine
 from narrows.parallel import tensor_parallel
 from narrows.step import Step
@@ -49,7 +49,8 @@ def constants(engine: str) -> dict[str, float]:
     """The fitted constants of an engine; raises NarrowsError for one that is not known.
 
     decode          factor on the time of a step;  step_ms, sequence_us   host time of a step and for each sequence
-    first, burst    prompts that a request waits for, alone and per rival (to the power `crowding`);  share   of prompt reading that holds up decoding
+    first, burst    prompts that a request waits for, alone and per rival (to the power `crowding`)
+    share           of prompt reading that holds up decoding
     memory          share of the device's memory for weights, keys and values
     intake_ms       before a prompt is read, and from those that read to those that decode where they are apart
     """
@@ -77,13 +78,18 @@ def _step_seconds(graph: Graph, machine: Machine, layout: Layout, batch: int, ne
     spread = tensor_parallel(graph, layout.data)
     kept = Graph(graph.name, tuple(op for op in graph if op.name not in experts))
     moved = [op for op in spread if op.name in experts]
-    exchange = [Op(f"{op.name} all_to_all", "all_to_all", {"elements": op["rows"] * op["inputs"] * min(op["top_k"] * layout.data, layout.data), "ranks": layout.data},  # type: ignore[operator]
-                   act=op.act, repeat=op.repeat) for op in moved if op.kind == "expert"]  # fmt: skip
+    exchange = [_exchange(op, layout.data) for op in moved if op.kind == "expert"]
     return (
         float(seconds(kept, machine, own)[0])
         + float(seconds(Graph(graph.name, tuple(moved)), machine, whole)[0])
         + float(seconds(Graph(graph.name, tuple(exchange)), machine, own)[0])
     )
+
+
+def _exchange(op: Op, devices: int) -> Op:
+    """Tokens on their way to the devices of the experts that they chose, or back."""
+    elements = Size.of(tokens=float(op["inputs"]) * min(float(op["top_k"]) * devices, devices))  # type: ignore[arg-type]
+    return Op(f"{op.name} all_to_all", "all_to_all", {"elements": elements, "ranks": devices}, act=op.act, repeat=op.repeat)
 
 
 @lru_cache(maxsize=10_000)
@@ -95,8 +101,17 @@ def _room(graph: Graph, machine: Machine, layout: Layout, length: int) -> tuple[
     return float(weights), held / layout.data
 
 
-def closed_loop(graph: Graph, machine: Machine, layout: Layout, concurrency: int, prompt: int, output: int, engine: str,
-                prefill: Layout | None = None, prefill_workers: int = 1) -> Served:  # fmt: skip
+def closed_loop(
+    graph: Graph,
+    machine: Machine,
+    layout: Layout,
+    concurrency: int,
+    prompt: int,
+    output: int,
+    engine: str,
+    prefill: Layout | None = None,
+    prefill_workers: int = 1,
+) -> Served:
     """What `concurrency` clients of an engine see: prompts of `prompt` tokens, answers of `output`.
 
     `prefill` names a layout of `prefill_workers` that read prompts apart from those that decode: then decoding is not
@@ -127,7 +142,11 @@ def one_batch(graph: Graph, machine: Machine, layout: Layout, batch: int, prompt
     c = constants(engine)
     host = _launches(graph, layout.tensor) * machine.launch_seconds * c["launch"]
     tokens = batch * prompt
-    read = _step_seconds(graph, machine, layout, batch, prompt, 0) * c["prefill"] * (1 + c["crowd"] * tokens / (tokens + c["crowd_at"]))
+    read = (
+        _step_seconds(graph, machine, layout, batch, prompt, 0)
+        * c["prefill"]
+        * (1 + c["crowd"] * tokens / (tokens + c["crowd_at"]))
+    )
     step = _step_seconds(graph, machine, layout, batch, 1, prompt + output // 2) * c["decode"] + c["sequence_us"] * 1e-6 * batch
     norm = c["norm"]
     return Served((host**norm + read**norm) ** (1 / norm) + c["step_ms"] * 1e-3, (host**norm + step**norm) ** (1 / norm), batch)
@@ -136,4 +155,3 @@ def one_batch(graph: Graph, machine: Machine, layout: Layout, batch: int, prompt
 @lru_cache(maxsize=1000)
 def _launches(graph: Graph, devices: int) -> float:
     return sum(float(cost(op, Step.decode(1, 128), True).launches) for op in tensor_parallel(graph, devices))
-

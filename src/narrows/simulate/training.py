@@ -13,7 +13,7 @@ from functools import lru_cache
 from narrows.capture.config import from_config
 from narrows.costmodel import fitted, op_time
 from narrows.errors import NarrowsError
-from narrows.graph import FP16, Graph, Op, Size
+from narrows.graph import FP16, Dim, Graph, Op, Size
 from narrows.machine import Link, Machine
 from narrows.parallel import tensor_parallel
 from narrows.step import Step
@@ -101,57 +101,73 @@ def constants(framework: str = "") -> dict[str, float]:
 def decoder(shape: Shape) -> Graph:
     """The graph of a GPT-like decoder of a shape, in fp16."""
     if shape.hidden % shape.heads:
-        raise NarrowsError(f"{shape.heads} heads do not divide {shape.hidden}.", where="heads", remedy="Give a divisor of the width.")
-    config = {"model_type": "gpt2", "n_embd": shape.hidden, "n_layer": shape.layers, "n_head": shape.heads, "vocab_size": shape.vocabulary,
-              "n_positions": 2048, "torch_dtype": "float16", "tie_word_embeddings": True}  # fmt: skip
+        raise NarrowsError(
+            f"{shape.heads} heads do not divide {shape.hidden}.", where="heads", remedy="Give a divisor of the width."
+        )
+    config = {
+        "model_type": "gpt2",
+        "n_embd": shape.hidden,
+        "n_layer": shape.layers,
+        "n_head": shape.heads,
+        "vocab_size": shape.vocabulary,
+        "n_positions": 2048,
+        "torch_dtype": "float16",
+        "tie_word_embeddings": True,
+    }
     return from_config(config, f"gpt {shape.hidden} x {shape.layers}")
 
 
-def unfused(graph: Graph) -> Graph:
-    """The same graph with attention in three kernels that pass the whole score matrix through memory."""
+def unfused(graph: Graph, sequence: int) -> Graph:
+    """The same graph with attention over `sequence` tokens in kernels that pass the whole score matrix through memory."""
 
     def change(op: Op) -> list[Op] | Op:
         if op.kind != "attention":
             return op
-        heads, head = op["heads"], op["head_dim"]
-        rows, scores = Size.of(tokens=heads), Size.of({"pairs[full]": heads})  # type: ignore[dict-item]
-        matrices = Size.of(sequences=heads)
-        each = {"act": op.act, "repeat": op.repeat, "split": ""}
-        first = Op(f"{op.name}.scores", "matmul", {"rows": rows, "inputs": head, "outputs": Size.of({"pairs[full]": 1}), "matrices": matrices}, **each)
-        return [first, Op(f"{op.name}.softmax", "elementwise", {"elements": scores, "reads": scores, "flop_per_element": 5}, **each),
-                Op(f"{op.name}.dropout", "elementwise", {"elements": scores, "reads": scores, "flop_per_element": 2}, **each),
-                Op(f"{op.name}.context", "matmul", {"rows": rows, "inputs": Size.of({"pairs[full]": 1}), "outputs": head, "matrices": matrices}, **each)]  # fmt: skip
+        heads, head = float(op["heads"]), float(op["head_dim"])  # type: ignore[arg-type]
+        rows, scores, matrices = Size.of(tokens=heads), Size.of(tokens=heads * sequence), Size.of(sequences=heads)
+
+        def make(part: str, kind: str, **dims: Dim) -> Op:
+            return Op(f"{op.name}.{part}", kind, dims, act=op.act, repeat=op.repeat)
+
+        return [
+            make("scores", "matmul", rows=rows, inputs=head, outputs=sequence, matrices=matrices),
+            make("softmax", "elementwise", elements=scores, reads=scores, flop_per_element=5),
+            make("dropout", "elementwise", elements=scores, reads=scores, flop_per_element=2),
+            make("context", "matmul", rows=rows, inputs=sequence, outputs=head, matrices=matrices),
+        ]
 
     return graph.map(change)
 
 
 @lru_cache(maxsize=20_000)
-def _parts(shape: Shape, machine: Machine, tensor: int, microbatch: int, sequence: int, recompute: str, sequence_parallel: bool) -> tuple[Parts, Parts]:
+def _parts(
+    shape: Shape, machine: Machine, tensor: int, microbatch: int, sequence: int, recompute: str, sequence_parallel: bool
+) -> tuple[Parts, Parts]:
     """One layer, and embedding with output layer, of one of `tensor` devices for one microbatch."""
     one = decoder(replace(shape, layers=2))
     step = Step.train(microbatch, sequence)
     found = []
     graph = tensor_parallel(one, tensor)
     if not shape.fused:
-        graph = _sized(unfused(graph), sequence)
+        graph = unfused(graph, sequence)
     for inside in (True, False):
         ops = [replace(op, repeat=1) for op in graph if (op.repeat > 1) == inside and op.kind != "checkpoint"]
         forward = backward = again = 0.0
         launches = 0
         for op in ops:
-            share = tensor if sequence_parallel and not op.spec.matmul and op.split == "" and op.kind in ("norm", "elementwise") else 1
+            share = (
+                tensor
+                if sequence_parallel and not op.spec.matmul and op.split == "" and op.kind in ("norm", "elementwise")
+                else 1
+            )
             ahead, back = (float(op_time(o, step, machine).seconds) / share for o in (op, replace(op, phase="backward")))
-            redo = inside and (recompute == "full" or (recompute == "selective" and (".attention" in op.name or op.kind == "attention")))
+            redo = inside and (
+                recompute == "full" or (recompute == "selective" and (".attention" in op.name or op.kind == "attention"))
+            )
             forward, backward, again = forward + ahead, backward + back, again + ahead * redo
             launches += 3 + redo
         found.append(Parts(forward, backward, again, launches))
     return found[0], found[1]
-
-
-def _sized(graph: Graph, sequence: int) -> Graph:
-    """Widths that are as long as the sequence as plain numbers."""
-    width = Size.of({"pairs[full]": 1})
-    return graph.map(lambda op: op.but(**{d: sequence for d, v in op.dims if v == width and d in ("inputs", "outputs")}) if op.kind == "matmul" else op)
 
 
 def _over(machine: Machine, fabric: Fabric, members_per_node: int, crosses: bool) -> Machine:
@@ -195,7 +211,10 @@ def step_seconds(shape: Shape, machine: Machine, fabric: Fabric, split: Split, s
         crosses = split.tensor * split.data > fabric.per_node
         wire = _over(machine, fabric, max(1, fabric.per_node // split.tensor), crosses)
         kinds = ("all_gather", "all_gather", "reduce_scatter") if split.sharded else ("all_reduce",)
-        once = sum(float(op_time(Op(k, k, {"elements": owned, "ranks": split.data}, act=FP16), Step.train(1, 1), wire).seconds) for k in kinds)
+        once = sum(
+            float(op_time(Op(k, k, {"elements": owned, "ranks": split.data}, act=FP16), Step.train(1, 1), wire).seconds)
+            for k in kinds
+        )
         times = split.microbatches if split.sharded else 1
         exchange = once * times
         if split.sharded:  # gathered and scattered beside the computation: what is longer shows, and a share of the other

@@ -124,7 +124,7 @@ class LLMDrop(Rewrites):
                   "the paper has curves only: half of what the cheaper of the others costs is a clear order", at_most=0.5),
             Claim("decode_speed", "x", 1.484, "as many as double the perplexity; paper: half of Llama-2-70B's", "abstract", "run",
                   "on a CPU the MLPs' and the head's weights dominate; what chance allows gives below 1.1", at_least=1.12),
-            Claim("cache_share", "of the bytes", 0.5, "as many as double the perplexity; paper: half of the layers", "abstract", "run",
+            Claim("cache_share", "of the bytes", 0.5, "as many as double the perplexity; paper: half of them", "abstract", "run",
                   "the bytes must be exactly the share of layers left; chance allows to drop a sixth", at_most=0.75),
         ),
     )
@@ -203,11 +203,11 @@ def _layers(model: "torch.nn.Module") -> tuple[Layout, list[Any]]:
 
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) > 1:
-            children = [{n for n, child in layer.named_children() if next(child.parameters(), None) is not None} for layer in module]
+            children = [{n for n, child in layer.named_children() if list(child.parameters())} for layer in module]
             found = layout(children[0])
             if found and all(own == children[0] for own in children):
                 if len(set(getattr(model.config, "layer_types", None) or [""])) > 1:
-                    raise NarrowsError("its layers attend in different ways.", where="llm-drop", remedy="Use one whose layers are alike.")
+                    raise NarrowsError("its layers attend in different ways.", where="llm-drop", remedy="Use alike layers.")
                 return found, list(module)
     problem = f"{type(model).__name__} has no list of layers with norm, self_attn, norm and mlp, or has been thinned already."
     raise NarrowsError(problem, where="llm-drop", remedy="Use a decoder of the llama, mistral, qwen or gemma kind.")
@@ -272,7 +272,7 @@ def drop(model: "torch.nn.Module", lost: Mapping[str, Collection[int]]) -> None:
     for kind, field in LISTS.items():
         numbers = lost.get(kind, ())
         if not isinstance(numbers, list | tuple) or not all(type(i) is int and 0 <= i < len(layers) for i in numbers):
-            raise NarrowsError(f"{numbers!r} are not layers of {len(layers)}.", where=f"config: {field}", remedy="Give their numbers.")
+            raise NarrowsError(f"{numbers!r} are not layers.", where=f"config: {field}", remedy=f"It has {len(layers)}.")
     for i, layer in enumerate(layers):
         own = {kind: tuple(n for n in chain if hasattr(layer, n)) for kind, chain in names.items()}
         gone = [kind for kind in names if i in lost.get(kind, ())]

@@ -63,8 +63,8 @@ class SublinearMemoryCheckpointing(Rewrites):
         stage=Stage.TRAIN,
         touches=("activations",),
         claims=(
-            Claim("equal_gradients_in_less_memory", "x", 6.9, "64 residual blocks; paper: 1,000 layers, 48 GB to 7 GB", "abstract",
-                  "run", "64 blocks against 8 borders and 8 blocks, with the gradients in flight; NaN if a gradient differs", at_least=4),
+            Claim("equal_gradients_in_less_memory", "x", 6.9, "64 blocks; paper: 1,000 layers, 48 GB to 7 GB", "abstract",
+                  "run", "64 blocks against 8 borders, 8 blocks and what is in flight; NaN if a gradient differs", at_least=4),
             Claim("depth_exponent", "power of depth", 0.5, "peak of a training step, 16 to 256 blocks", "section 4.1", "run",
                   "input, output and one block's temporaries do not grow, which flattens the fit", at_least=0.4, at_most=0.6),
             Claim("flop_overhead", "of a step", 0.30, "counted over a training step; paper: time", "abstract", "run",
