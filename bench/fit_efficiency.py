@@ -45,6 +45,7 @@ class Stage:
     spread: tuple[str, ...] = ()
     steps: int = 250
     most: int = 0  # at most so many rows, evenly drawn
+    shared: bool = False  # its constants also stand, as assumptions, for GPUs of which nothing is measured
 
 
 def at(family: str, *words: str) -> Callable[[Row], bool]:
@@ -129,12 +130,13 @@ def stages() -> list[Stage]:
     found.append(
         Stage(
             "nvlink",
-            "gpu",
+            "hopper",
             {"link": 0.95, "link_base": 3.0, "link_hop": 0.6, "link_ramp": 2e7},
             collective("nvlink"),
             k,
             ("collectives",),
             ("link",),
+            shared=True,
         )
     )
     for over, bandwidth in (("pcie", 6.0), ("ethernet", 1.0)):
@@ -152,7 +154,7 @@ def stages() -> list[Stage]:
         Stage(
             "decode",
             "ampere",
-            {"memory-bf16": 0.8, "memory-int8": 0.65, "memory-int4": 0.55, "kernel": 2.0, "link_base": 3.0},
+            {"memory-bf16": 0.8, "memory-int8": 0.65, "memory-int4": 0.55, "kernel": 2.0, "link_one_shot": 3.0},
             lambda r: r.get("phase") in ("decode", "prefill", "offline_max") and "A100" in r["hardware"],
             k,
             ("decode",),
@@ -192,7 +194,7 @@ def stages() -> list[Stage]:
                 "memory-fp8": 0.75,
                 "memory-fp4": 0.5,
                 "kernel": 1.2,
-                "link_base": 2.5,
+                "link_one_shot": 1.5,
             },
             lambda r: (
                 r.get("mode") == "agg"
@@ -392,6 +394,9 @@ def main() -> None:
             wide = (min(1.0, 1 / high), max(1.0, 1 / low)) if name in stage.spread else (1.0, 1.0)
             put(stage.table, name, value)
             fitted()[stage.table][name].update(low=value * wide[0], high=value * wide[1], rows=len(found), data=stage.name)
+            if stage.shared or name in ("attention_head", "attention_keys"):
+                entry = {k: v for k, v in fitted()[stage.table][name].items() if k != "rows"}
+                fitted()["gpu"][name] = {**entry, "data": f"assumption: as on {stage.table}"}
         costmodel.forget()
         shown = ", ".join(f"{n}={fitted()[stage.table][n]['median']:.3g}" for n in stage.first)
         for name in stage.names if len(stage.names) > 1 else ():
@@ -401,9 +406,12 @@ def main() -> None:
             print(f"    {name:<18} held {np.mean(np.abs(part - 1)):>6.1%}  median {np.median(part):.2f}")
         errors = f"{len(found):>4} {np.mean(np.abs(found - 1)):>6.1%} {len(out):>5} {np.mean(np.abs(out - 1)):>6.1%}"
         print(f"{stage.name:<22} {errors}   {shown}  [{time.monotonic() - begun:.0f} s]", flush=True)
+        if "--write" in sys.argv:
+            write(tables)
     if "--write" in sys.argv:
         spread(tables)
         write(tables)
+        print(f"wrote {DATA / 'efficiency.toml'}")
 
 
 def _is(stage: Stage, row: Row) -> bool:
@@ -425,8 +433,12 @@ HEADER = """\
 #   attention_head, _keys numbers: sizes at which fused attention reaches half its speed
 #   kernel, launch        factors on a machine's kernel_seconds and launch_seconds
 #   link_base, _hop       factors on a link's latency: once per collective, and per hop;  link_ramp: bytes
+#   link_one_shot         the same factor where an engine reduces a small message in one kernel
 #   call-*, call_least-*  microseconds around, and at least for, a kernel that is timed from Python
 #   wire-*                GB/s that a link not described by a machine delivers
+# [engine-*]   what an engine adds to its steps: see simulate/closed_loop.py;  [training*]: see simulate/training.py
+# [residuals]  measured / predicted of each kind of forecast among the fitted rows: the 80 % interval
+# [null]       the one constant of the null model of each set
 """
 
 
@@ -466,7 +478,6 @@ def write(tables: dict[str, list[Row]]) -> None:
     (DATA / "efficiency.toml").write_text("\n".join(lines))
     known = sorted({fingerprint(row) for rows in tables.values() for row in rows if half(row) == 0})
     (DATA / "fitted_rows.txt").write_text("\n".join(known) + "\n")
-    print(f"wrote {DATA / 'efficiency.toml'} and {len(known)} fingerprints")
 
 
 if __name__ == "__main__":

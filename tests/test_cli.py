@@ -91,7 +91,7 @@ def test_papers_are_the_catalogue() -> None:
     assert [row["slug"] for row in rows] == [p.slug for p in papers()]
     assert len(rows) == 484
     assert {row["status"] for row in rows} <= {"described", "built", "works"}
-    assert {"slug", "name", "family", "priority", "route", "status", "claims", "passing"} == set(rows[0])
+    assert {"slug", "name", "family", "priority", "route", "face", "status", "claims", "passing"} == set(rows[0])
 
 
 def test_machines_and_models_are_listed() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from narrows.errors import NarrowsError
 from narrows.figures import write
 from narrows.papers import module_name, papers
-from narrows.technique import Claim, Described, Technique, built, technique
+from narrows.technique import Claim, Described, Technique, built, face, technique
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,5 +144,6 @@ def table() -> list[dict[str, object]]:
         found = technique(p.slug)
         count = 0 if isinstance(found, Described) else len(found.card.claims)
         rows.append({"slug": p.slug, "name": p.name, "family": p.family, "priority": p.priority, "route": p.route,
+                "face": face(found),
                      "status": status(p.slug), "claims": count, "passing": passing(p.slug)})  # fmt: skip
     return rows

@@ -335,6 +335,8 @@ def reproduce(slugs: tuple[str, ...], family: str | None, every: bool, with_base
     chosen = list(slugs) or [s for s in built() if every or paper(s).family == family]
     if not chosen:
         raise NarrowsError("no technique is named.", where="reproduce", remedy="Give slugs, --family or --all.")
+    for slug in chosen:
+        paper(slug)  # a misspelt name is known before the first minute of measuring
     found = []
     with _progress("reproducing") as tell:
         for slug in chosen:
@@ -412,7 +414,7 @@ def calibrate(out: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--set", "only", default="", metavar="NAME", help="Only sets whose name starts so: serving, training-sc21, gemm, ...")
+@click.option("--set", "only", default="", metavar="NAME", help="Only sets whose name starts so: serving, training-sc21, gemm.")
 @click.option("--data", type=click.Path(exists=True), help="A folder of measurements, or one CSV file.")
 @click.option("--record", is_flag=True, help="Keep the figures in results/accuracy.csv, from which docs/accuracy.md is made.")
 @as_json_option

@@ -20,6 +20,7 @@ from narrows.machine import Machine
 from narrows.step import Amount, Step
 
 WIDE = 8192  # a longer row does not stay in registers between the statistics of a norm and its use: it is read twice
+ONE_SHOT = 8e6  # bytes up to which vLLM and TensorRT-LLM reduce with a kernel of their own instead of NCCL
 ATTENTION = ("attention", "latent_attention")
 
 
@@ -147,7 +148,7 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
     }
     all_moved = sum(traffic.values(), 0.0)
     moved = all_moved / machine.memory.bandwidth_bytes_per_s
-    sent, latency = _wire(op, dims, work, machine)
+    sent, latency = _wire(op, dims, work, machine, eager)
     floor, fixed = _launch(work, machine, eager)
 
     def at(c: float, m: float, k: float) -> tuple[Any, Any, Any, Any]:
@@ -254,17 +255,20 @@ def _launch(work: Cost, machine: Machine, eager: bool) -> tuple[Any, Any]:
 _HOPS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
 
 
-def _wire(op: Op, dims: dict[str, Any], work: Cost, machine: Machine) -> tuple[Any, Any]:
+def _wire(op: Op, dims: dict[str, Any], work: Cost, machine: Machine, eager: bool) -> tuple[Any, Any]:
     """Seconds on the wire at the link's peak, and the latency of the collective, over all repeats.
 
-    Latency grows with the messages that follow each other. Below `ramp` bytes a link runs a protocol that trades
-    bandwidth for latency, which reads as that many more bytes the larger the message becomes, up to `ramp`.
+    Latency grows with the messages that follow each other; but serving engines and compilers sum small messages in one
+    kernel that reads all peers at once. Below `ramp` bytes a link runs a protocol that trades bandwidth for latency,
+    which reads as that many more bytes the larger the message becomes, up to `ramp`.
     """
     wire = machine.link or machine.host_link
     if op.kind not in COLLECTIVES or wire is None:
         return 0.0 * work.flop, 0.0
-    base, hop, ramp = (achieved(machine, f"link_{name}").median for name in ("base", "hop", "ramp"))
+    base, hop, ramp, once = (achieved(machine, f"link_{name}").median for name in ("base", "hop", "ramp", "one_shot"))
     each = work.link_bytes / op.repeat
     extra = each * ramp / (each + ramp)
-    follow = _HOPS[op.kind] * (dims["ranks"] - 1) if op.kind in _HOPS else 1.0
-    return (each + extra) * op.repeat / wire.bandwidth_bytes_per_s, (base + hop * follow) * wire.latency_seconds * op.repeat
+    follow: Any = base + hop * (_HOPS[op.kind] * (dims["ranks"] - 1) if op.kind in _HOPS else 1.0)
+    if op.kind == "all_reduce" and not eager:
+        follow = np.where(each < ONE_SHOT, np.minimum(once, follow), follow)[()]
+    return (each + extra) * op.repeat / wire.bandwidth_bytes_per_s, follow * wire.latency_seconds * op.repeat

@@ -165,7 +165,9 @@ def diagnose(graph: Graph, machine: Machine, step: Step, devices: int = 1, repli
 
     whole = sum((o.cost for o in ops), Cost())
     what_if = {limit: (faster(limit, 1.1), faster(limit, 2.0)) for limit in WIDENED} if base else {}
-    return Diagnosis(graph.name, machine, devices, step, ops, whole, footprint(ready, step), what_if, ready.notes)
+    outside = sum(o.seconds for o in ops if not o.inside) / max(base, 1e-300)
+    notes = (*ready.notes, OUTSIDE.format(outside)) if outside > 0.2 else ready.notes
+    return Diagnosis(graph.name, machine, devices, step, ops, whole, footprint(ready, step), what_if, notes)
 
 
 def _diagnose_op(op: Op, step: Step, machine: Machine, eager: bool) -> OpDiagnosis:
@@ -176,7 +178,8 @@ def _diagnose_op(op: Op, step: Step, machine: Machine, eager: bool) -> OpDiagnos
     wire = machine.link or machine.host_link
     sent = float(work.link_bytes) / wire.bandwidth_bytes_per_s if wire else 0.0
     bound = max(float(work.flop) / peak, moved, sent)
-    return OpDiagnosis(op, work, {c: float(s) for c, s in time.causes.items()}, float(time.low), float(time.high), bound, time.inside)
+    causes = {c: float(s) for c, s in time.causes.items()}
+    return OpDiagnosis(op, work, causes, float(time.low), float(time.high), bound, time.inside)
 
 
 def as_json(found: Diagnosis) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from narrows import claims
 from narrows.figures import write
 from narrows.papers import module_name, paper, papers
-from narrows.technique import Technique, techniques
+from narrows.technique import Technique, face, techniques
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = ("When it helps", "When it does not", "Reference")
@@ -61,7 +61,6 @@ def technique_page(slug: str, technique: type[Technique]) -> str:
     row, card = paper(slug), technique.card
     file = f"techniques/{module_name(row.family)}/{module_name(slug)}.py"
     text = inspect.cleandoc(inspect.getmodule(technique).__doc__ or "")  # type: ignore[union-attr]
-    face = next(base.__name__ for base in technique.__mro__[1:] if base.__module__ == "narrows.technique")
     lines = [
         _MADE,
         f"# {row.name}",
@@ -72,7 +71,7 @@ def technique_page(slug: str, technique: type[Technique]) -> str:
         "",
         f"- Paper: *{row.title}*",
         f"- Status: {claims.status(slug)}",
-        f"- Face: {face}",
+        f"- Face: {face(technique)}",
         f"- Relieves: {', '.join(card.relieves)}",
         f"- Helps: {', '.join(card.phases)}",
         f"- {'Exact: the function stays the same' if card.exact else 'Approximate'}{'; ' + card.price if card.price else ''}",
@@ -145,7 +144,8 @@ def accuracy_page() -> str:
         "configuration costs against the measured best."
     )
     peers = "Peers: " + "; ".join(f"{name}: {whose}" for name, (_, whose) in PEERS.items()) + "."
-    lines = [_MADE, "# How accurate is it?", "", about, "", _line(rows[0]), _line(["---"] * len(rows[0])), *map(_line, rows[1:]), ""]
+    lines = [_MADE, "# How accurate is it?", "", about, "", _line(rows[0]), _line(["---"] * len(rows[0]))]
+    lines += [*map(_line, rows[1:]), ""]
     lines += [peers, "", "## Tables that it reads", "", "| table | columns |", "|---|---|"]
     lines += [*(f"| {t.name} | {', '.join(f'`{c}`' for c in t.columns)} |" for t in TABLES), ""]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from narrows.cost import Limit
-from narrows.graph import BF16, FP16, FP32, DType, Graph, Op
+from narrows.graph import BF16, FP16, FP32, DType, Graph
 from narrows.machine import Machine
 from narrows.step import Step
 from narrows.technique import Card, Example, No, Rewrites, Stage, Verdict
@@ -96,6 +96,9 @@ class Compile(Rewrites):
     def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
         model.compile()
         return model
+
+    def restructure(self, model: "torch.nn.Module") -> "torch.nn.Module":
+        return self.apply(model)
 
     @classmethod
     def example(cls) -> Example:

@@ -102,7 +102,7 @@ class Op:
     kernels   launches when every operator is its own kernel (eager); a compiler fuses them into one
     saved     elements of `act` kept for the backward pass that no other op has kept already
     segments  > 0: its saved elements are recomputed in the backward pass, in that many segments
-    split     how tensor parallelism cuts it: column, row, heads, vocabulary, experts or '' (replicated)
+    split     how tensor parallelism cuts it: column, row, heads, vocabulary, experts, sum (adds partial results) or none
     """
 
     name: str

@@ -20,28 +20,41 @@ def tensor_parallel(graph: Graph, devices: int) -> Graph:
     """The graph of one of `devices` under tensor parallelism, as Megatron-LM and the serving engines cut it.
 
     A column-cut product keeps its share of the outputs, so what follows works on that share, up to a row-cut
-    product, whose partial sums are all-reduced. Keys and values are repeated where there are more devices than
-    key-value heads; each device holds its share of the experts, whose sums are all-reduced too. An op without a
-    `split` that reads a share alone works on a share.
+    product, which leaves each device a summand. Summands are all-reduced once, before the first op that is not itself
+    a sum of them (`split="sum"`). Keys and values are repeated where there are more devices than key-value heads; each
+    device holds its share of the experts, whose results are summands too. An op without a `split` that reads a share
+    alone works on a share.
     """
     if devices == 1:
         return graph
     shares: set[str] = set()
+    partial: dict[str, Op] = {}  # ops whose result each device holds a summand of
     out: list[Op] = []
-    readers = {name for op in graph if op.split == "experts" for name in op.inputs}
-    feeds_expert = {name for op in graph if op.name in readers for name in op.inputs} | readers
+    fed = {name for op in graph if op.split == "experts" for name in op.inputs}
     for op in graph:
+        summands = [partial.pop(name) for name in dict.fromkeys(op.inputs) if name in partial]
+        if summands and op.split != "sum":
+            out.append(_all_reduce(summands[-1], devices))
         cut = _cut(op, devices, set(op.inputs) <= shares and bool(op.inputs))
         out.append(cut)
-        ends = op.split == "row" or (op.split == "experts" and op.name not in feeds_expert) or op.kind == "embedding"
-        if ends and op.split:
-            out.append(Op(f"{op.name} all_reduce", "all_reduce", {"elements": op["rows"] * op["outputs"], "ranks": devices},  # type: ignore[operator]
-                          act=op.act, inputs=(op.name,), repeat=op.repeat))  # fmt: skip
+        ends = op.split == "row" or (op.split == "experts" and op.name not in fed) or (op.kind == "embedding" and bool(op.split))
+        if ends:
+            partial[op.name] = op
+        elif summands and op.split == "sum":
+            partial[op.name] = summands[-1]
         if cut is op or ends:
             shares.discard(op.name)
         else:
             shares.add(op.name)
+    out.extend(_all_reduce(op, devices) for op in dict.fromkeys(partial.values()))
     return replace(graph, ops=tuple(out))
+
+
+def _all_reduce(op: Op, devices: int) -> Op:
+    """The sum over devices of what a row-cut product, a share of the experts or of the vocabulary gives."""
+    elements = op["rows"] * op["outputs"]  # type: ignore[operator]
+    dims = {"elements": elements, "ranks": devices}
+    return Op(f"{op.name} all_reduce", "all_reduce", dims, op.act, inputs=(op.name,), repeat=op.repeat)
 
 
 def require_cut(graph: Graph, devices: int) -> None:
@@ -68,6 +81,8 @@ def _cut(op: Op, devices: int, reads_share: bool) -> Op:
 
     if op.kind == "embedding" and op.split:
         return op.but(vocabulary=share(op["vocabulary"]))
+    if op.split == "sum":
+        return op
     if op.kind in _POINTWISE and (op.split or reads_share):
         return op.but(saved=share(op.saved), **{name: share(op[name]) for name in _POINTWISE[op.kind]})
     if op.split not in _CUTS:

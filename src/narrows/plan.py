@@ -45,8 +45,6 @@ class Plan:
     def parse(cls, text: str) -> "Plan":
         """From its command-line form: `llm-drop:attention=4 + awq:group=64`."""
         steps = [parse(part) for part in text.split("+") if part.strip()]
-        if not steps:
-            raise NarrowsError("no technique is named.", where="plan", remedy="Write it like 'awq:group=64'.")
         return cls(tuple(steps))  # type: ignore[arg-type]
 
     def __str__(self) -> str:

@@ -53,11 +53,7 @@ def replacing(out: str | Path, overwrite: bool, mark: str) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _only_writer(target):
             _recover(target)
-            taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
-            if taken and not overwrite:
-                raise NarrowsError("is there already.", where=str(target), remedy="Choose another directory, or overwrite it.")
-            if taken and not (target / mark).is_file():
-                raise NarrowsError(f"has no {mark}, and is not overwritten.", where=str(target), remedy=_ELSEWHERE)
+            taken = check_place(target, overwrite, mark)
             staging = _beside(target, "")
             try:
                 staging.mkdir()
@@ -67,6 +63,16 @@ def replacing(out: str | Path, overwrite: bool, mark: str) -> Iterator[Path]:
                 _swap(staging, target, taken)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)  # gone after a rename; otherwise the error that led here counts
+
+
+def check_place(target: Path, overwrite: bool, mark: str) -> bool:
+    """Whether something is there that would be replaced. Raises NarrowsError where it may not be, by the rules of `replacing`."""
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if taken and not overwrite:
+        raise NarrowsError("is there already.", where=str(target), remedy="Choose another directory, or overwrite it.")
+    if taken and not (target / mark).is_file():
+        raise NarrowsError(f"has no {mark}, and is not overwritten.", where=str(target), remedy=_ELSEWHERE)
+    return taken
 
 
 def _beside(target: Path, role: str) -> Path:

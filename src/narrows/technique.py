@@ -255,6 +255,13 @@ def technique_class(module: Any, slug: str) -> type[Technique]:
     return found[0]
 
 
+def face(found: type[Technique] | Described) -> str:
+    """What narrows can do with a paper: Rewrites, Trains, Measures, or Described."""
+    if isinstance(found, Described):
+        return "Described"
+    return next(base.__name__ for base in found.__mro__[1:] if base.__module__ == __name__)
+
+
 def techniques() -> dict[str, type[Technique]]:
     """Every built technique by slug."""
     return {slug: t for slug in built() if not isinstance(t := technique(slug), Described)}

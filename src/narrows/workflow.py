@@ -15,7 +15,9 @@ from narrows.diagnose import Diagnosis, diagnose, seconds
 from narrows.errors import NarrowsError
 from narrows.machine import Machine
 from narrows.plan import Plan
+from narrows.staging import check_place
 from narrows.step import Step
+from narrows.technique import No, Verdict
 
 if TYPE_CHECKING:
     import torch
@@ -48,16 +50,23 @@ def _function(name: str) -> Any:
         sys.path.pop(0)
 
 
+def _require(verdict: Verdict, model: str) -> None:
+    if isinstance(verdict, No):
+        raise NarrowsError(f"the plan does not apply: {verdict.reason}.", where=model, remedy="`narrows prescribe` lists what does.")
+
+
 def apply(model: str, plan_text: str, out: str, text: str | None, overwrite: bool, tell: Callable[[str], None]) -> Mapping[str, Any]:
     """Load, check, apply, save: the manifest of the directory that `out` then is. Nothing is written on a refusal."""
     plan = Plan.parse(plan_text)
+    if not plan.steps:
+        raise NarrowsError("no technique is named.", where="plan", remedy="Write it like 'awq:group=64'.")
+    _require(plan.conflict(), model)
+    check_place(Path(out), overwrite, "config.json")  # before minutes are spent
     tell(f"loading {model}")
     loaded, tokenizer = directory.load(model)
     tell("checking the plan")
     step = Step.forward(1, 128)
-    verdict = plan.check(replace(from_module(loaded, step), eager=True), None, step)
-    if not verdict:
-        raise NarrowsError(f"the plan does not apply: {verdict.reason}.", where=model, remedy="`narrows prescribe` lists what does.")  # type: ignore[union-attr]
+    _require(plan.check(replace(from_module(loaded, step), eager=True), None, step), model)
     data = _batches(loaded, tokenizer, _prose(text)[1], held_out=False)
     tell(f"applying {plan}")
     changed = plan.apply(loaded, data)

@@ -38,14 +38,22 @@ def test_activation_svd_takes_fewer_inputs_than_dimensions():
     assert product(factors).isfinite().all()
 
 
-LAYERS = [nn.Linear(12, 20), nn.Linear(12, 20, bias=False), nn.Conv1d(3, 8, 5, stride=2, padding=1), nn.Conv2d(3, 8, 3, dilation=2),
-          nn.Conv3d(2, 6, 2, bias=False), nn.Conv2d(4, 8, (1, 3), padding="same", padding_mode="reflect")]  # fmt: skip
+LAYERS = [
+    nn.Linear(12, 20),
+    nn.Linear(12, 20, bias=False),
+    nn.Conv1d(3, 8, 5, stride=2, padding=1),
+    nn.Conv2d(3, 8, 3, dilation=2),
+    nn.Conv3d(2, 6, 2, bias=False),
+    nn.Conv2d(4, 8, (1, 3), padding="same", padding_mode="reflect"),
+]
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_full_rank_factors_compute_the_same(layer):
     outputs, inputs = low_rank.matrix(layer).shape
-    x = torch.randn(2, 3, 12) if isinstance(layer, nn.Linear) else torch.randn(2, layer.in_channels, *[9] * (layer.weight.dim() - 2))
+    x = torch.randn(2, 3, 12)
+    if not isinstance(layer, nn.Linear):
+        x = torch.randn(2, layer.in_channels, *[9] * (layer.weight.dim() - 2))
     assert low_rank.is_factorable(layer)
     assert torch.allclose(low_rank.factored(layer, min(outputs, inputs), low_rank.svd)(x), layer(x), atol=1e-5)
 

@@ -1,6 +1,7 @@
 """AWQ finds the layers it can scale, leaves others alone with a reason, and rounds better than without its search."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -17,14 +18,14 @@ from narrows.technique import No
 from narrows.techniques.quantization.awq import AWQ
 
 DECODE = Step.decode(1, context=32)
-SIZES = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, pad_token_id=0)
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
 SCALABLE = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES)),
     "llama, grouped queries": (hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES, num_key_value_heads=2)),
     "qwen2, biases": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**SIZES, num_key_value_heads=4)),
     "qwen3, norms of queries": (hf.Qwen3ForCausalLM, hf.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32)),
-    "gemma, 1 + weight": (hf.GemmaForCausalLM, hf.GemmaConfig(**SIZES, num_key_value_heads=4, head_dim=32)),
-    "gemma2, norms after": (hf.Gemma2ForCausalLM, hf.Gemma2Config(**SIZES, num_key_value_heads=4, head_dim=32)),
+    "gemma, 1 + weight": (hf.GemmaForCausalLM, hf.GemmaConfig(**SIZES, pad_token_id=0, num_key_value_heads=4, head_dim=32)),
+    "gemma2, norms after": (hf.Gemma2ForCausalLM, hf.Gemma2Config(**SIZES, pad_token_id=0, num_key_value_heads=4, head_dim=32)),
 }
 
 
@@ -60,17 +61,21 @@ def test_scales_leave_the_function_and_the_square_commutes(family):
 @pytest.mark.parametrize(
     "kind, config, reason",
     [
-        (hf.CohereForCausalLM, hf.CohereConfig(**SIZES, eos_token_id=1), "no norm before its attention or its MLP"),
+        (
+            hf.CohereForCausalLM,
+            hf.CohereConfig(**SIZES, pad_token_id=0, eos_token_id=1),
+            "no norm before its attention or its MLP",
+        ),
         (hf.Olmo2ForCausalLM, hf.Olmo2Config(**SIZES, eos_token_id=1), "no norm before its attention or its MLP"),
         (hf.MixtralForCausalLM, hf.MixtralConfig(**SIZES), "no plain linear layer mlp.gate_proj"),
-        (hf.LlamaForCausalLM, hf.LlamaConfig(**{**SIZES, "hidden_size": 192}), "192 inputs are no multiple of group=128; group=64 fits"),
+        (hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES | {"hidden_size": 192}), "192 inputs are no multiple of .*; group=64 fits"),
     ],
 )
 def test_refusals_name_their_figure_and_leave_the_model(kind, config, reason):
     model, data = made(kind, config)
     weights = copy.deepcopy(model.state_dict())
     verdict = AWQ().check(from_module(model, DECODE), None, DECODE)
-    assert isinstance(verdict, No) and reason in verdict.reason
+    assert isinstance(verdict, No) and re.search(reason, verdict.reason)
     with pytest.raises(NarrowsError, match=reason):
         AWQ().apply(model, data)
     assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
@@ -81,7 +86,7 @@ def test_a_norm_that_feeds_others_too_is_refused_before_anything_changes():
     layer = model.model.layers[1]
     layer.self_attn.o_proj.register_forward_pre_hook(lambda m, args: (layer.input_layernorm(args[0]),))
     weights = copy.deepcopy(model.state_dict())
-    with pytest.raises(NarrowsError, match="no norm feeds self_attn.q_proj and self_attn.k_proj and self_attn.v_proj alone"):
+    with pytest.raises(NarrowsError, match=r"no norm feeds .*v_proj alone"):
         AWQ().apply(model, data)
     assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
 
@@ -100,7 +105,8 @@ def test_the_search_rounds_better_where_channels_stand_out():
             layer.input_layernorm.weight[:4] *= 100
             layer.self_attn.q_proj.weight[:, :4] /= 20
     truth = logits(model, data)
-    errors = {t: (logits(t.apply(copy.deepcopy(model), data), data) - truth).norm() for t in (AWQ(), AWQ(clip=False), AWQ().baseline())}
+    tried = (AWQ(), AWQ(clip=False), AWQ().baseline())
+    errors = {t: (logits(t.apply(copy.deepcopy(model), data), data) - truth).norm() for t in tried}
     assert errors[AWQ()] < 0.8 * errors[AWQ().baseline()]
     assert errors[AWQ(clip=False)] < 0.8 * errors[AWQ().baseline()]
 

@@ -19,12 +19,13 @@ from narrows.techniques.low_rank_codebook_sharing.greenformer import SOLVERS, Gr
 
 FORWARD = Step.forward(2, 16)
 IDS = [{"input_ids": torch.arange(32).view(2, 16)}]
-SIZES = dict(num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+WIDE = {"hidden_size": 64, "intermediate_size": 128, **SIZES}
 NETWORKS = {
-    "bert": (hf.BertModel, hf.BertConfig(hidden_size=64, intermediate_size=128, **SIZES)),
+    "bert": (hf.BertModel, hf.BertConfig(**WIDE)),
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=100, bos_token_id=1, eos_token_id=1)),
-    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(hidden_size=64, intermediate_size=128, num_key_value_heads=2, **SIZES)),
-    "llama, tied": (hf.LlamaForCausalLM, hf.LlamaConfig(hidden_size=64, intermediate_size=128, tie_word_embeddings=True, **SIZES)),
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(num_key_value_heads=2, **WIDE)),
+    "llama, tied": (hf.LlamaForCausalLM, hf.LlamaConfig(tie_word_embeddings=True, **WIDE)),
 }
 
 
@@ -52,7 +53,10 @@ def test_each_solver_on_the_example(solver):
     assert error < (0.5 if solver in ("svd", "activation") else 3)
 
 
-@pytest.mark.parametrize("inputs, outputs, ratio, rank", [(512, 512, 0.5, 128), (300, 10, 0.5, 4), (2, 2, 0.5, 0), (512, 512, 1.0, 0)])
+RANKS = [(512, 512, 0.5, 128), (300, 10, 0.5, 4), (2, 2, 0.5, 0), (512, 512, 1.0, 0)]
+
+
+@pytest.mark.parametrize("inputs, outputs, ratio, rank", RANKS)
 def test_the_rule_of_the_rank(inputs, outputs, ratio, rank):
     assert Greenformer(rank_ratio=ratio).rank_of(inputs, outputs) == rank
 

@@ -299,12 +299,12 @@ class Experts:
         )
         down = matrix("down_proj", self.hidden, width, act)
         out = tape.elementwise(
-            f"{self.name}.combine", (down, chosen), rows * width, 2 * self.top_k, 2, rows * (self.top_k * width)
+            f"{self.name}.combine", (down, chosen), rows * width, 2 * self.top_k, 2, rows * (self.top_k * width), split="sum"
         )
         if self.shared is None:
             return out
         beside = self.shared.emit(tape, x)
-        return tape.elementwise(f"{self.name}.add", (out, beside), rows * width, 1, 1, rows * (2 * width))
+        return tape.elementwise(f"{self.name}.add", (out, beside), rows * width, 1, 1, rows * (2 * width), split="sum")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from narrows import samples
 from narrows.capture.config import bundled_config, from_config
 from narrows.cost import cost
 from narrows.errors import NarrowsError
+from narrows.experiments.steady import one_thread
 from narrows.graph import DType, Graph
 from narrows.machine import machine
 from narrows.step import Step
@@ -55,6 +56,7 @@ def _plain_loss() -> float:
     return _loss(model, held_out)
 
 
+@one_thread()
 def same_before_rounding(technique: AWQ) -> float:
     """Largest change of a logit, relative to the largest logit, by the scales alone; NaN if no weight was scaled."""
     import torch
@@ -67,12 +69,14 @@ def same_before_rounding(technique: AWQ) -> float:
     return float((after - before).abs().max() / before.abs().max()) if moved else math.nan
 
 
+@one_thread()
 def perplexity_over_rounding(technique: AWQ) -> float:
     """Increase of the perplexity over fp32, as a share of the increase by rounding to nearest."""
     ours = replace(technique, group=64)
     return (_perplexity_ratio(ours) - 1) / (_perplexity_ratio(ours.baseline()) - 1)
 
 
+@one_thread()
 def decode_speedup(technique: AWQ) -> float:
     """Roofline of a decode step of Llama-2-7B on an A100: fp16 over the narrowest format whose perplexity passes the gate."""
     config = bundled_config("llama-2-7b")

@@ -3,12 +3,12 @@
 import math
 import time
 from copy import deepcopy
-from dataclasses import replace
 from functools import cache
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from narrows import samples
+from narrows.experiments.steady import one_thread
 from narrows.techniques.low_rank_codebook_sharing.greenformer import Greenformer
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@one_thread()
 def size_by_formula(technique: Greenformer) -> float:
     """Largest share of parameters or FLOP that factored layers of an MLP, a CNN and a transformer keep.
 
@@ -60,8 +61,8 @@ def _networks() -> "list[tuple[torch.nn.Module, dict[str, Tensor]]]":
     cnn = nn.Sequential(nn.Conv2d(3, 48, 5, 2, 2), nn.ReLU(), nn.Conv2d(48, 96, 3, padding=1, bias=False), nn.ReLU(),
                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10))  # fmt: skip
     config = BertConfig(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=384, vocab_size=200)
-    ids = torch.randint(200, (2, 20))
-    return [(mlp, {"input": torch.randn(7, 300)}), (cnn, {"input": torch.randn(2, 3, 33, 33)}), (BertModel(config).eval(), {"input_ids": ids})]
+    bert, ids = BertModel(config).eval(), torch.randint(200, (2, 20))
+    return [(mlp, {"input": torch.randn(7, 300)}), (cnn, {"input": torch.randn(2, 3, 33, 33)}), (bert, {"input_ids": ids})]
 
 
 def _rows(model: Any, layers: Any, batch: Any) -> dict[str, int]:
@@ -84,11 +85,12 @@ def _rows(model: Any, layers: Any, batch: Any) -> dict[str, int]:
     return rows
 
 
+@one_thread()
 def optimal_error(technique: Greenformer) -> float:
     """Over MiniLM's layers, the largest relative distance of the factors' error from the optimum; NaN if none was factored."""
     import torch
 
-    model: Any = _encoder()[0].encoder.layer[:2]
+    model: Any = _encoder().encoder.layer[:2]
     layers = technique._layers(model)
     if not layers:
         return math.nan
@@ -104,60 +106,30 @@ def optimal_error(technique: Greenformer) -> float:
 
 
 @cache
-def _encoder() -> tuple[Any, "list[dict[str, Tensor]]", "dict[str, Tensor]"]:
-    """(MiniLM, batches of 16 x 64 tokens to calibrate on, a batch held out)."""
-    import torch
-
-    model, tokenizer = samples.minilm()
-    ids = torch.cat([batch["input_ids"] for batch in samples.token_batches(tokenizer, 160, 64)])
-    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-    return model, [{"input_ids": ids[i : i + 16]} for i in range(0, 128, 16)], {"input_ids": ids[128:]}
+def _encoder() -> Any:
+    return samples.minilm()[0]
 
 
+@one_thread()
 def latency(technique: Greenformer) -> float:
     """CPU seconds of MiniLM on 16 x 128 tokens over those of its factored form: the median of nine alternating pairs."""
     import torch
 
-    model, batches, _ = _encoder()
+    model = _encoder()
     factored = technique.apply(deepcopy(model), []) if technique._layers(model) else deepcopy(model)
-    batch = {"input_ids": torch.cat([b["input_ids"] for b in batches[:2]]).view(16, 128)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other on a busy machine would count as work
+    batch = {"input_ids": torch.arange(16 * 128).view(16, 128)}  # no time depends on which tokens they are
     ratios = []
-    try:
-        with torch.no_grad():
-            for _ in range(10):
-                start = time.process_time()
-                model(**batch)
-                middle = time.process_time()
-                factored(**batch)
-                ratios.append((middle - start) / (time.process_time() - middle))
-    finally:
-        torch.set_num_threads(threads)
+    with torch.no_grad():
+        for _ in range(10):
+            start = time.process_time()
+            model(**batch)
+            middle = time.process_time()
+            factored(**batch)
+            ratios.append((middle - start) / (time.process_time() - middle))
     return median(ratios[1:])
 
 
-def activation_over_plain(technique: Greenformer) -> float:
-    """1 - cosine of MiniLM's sentence embeddings with the solver `activation`, over that with `svd`; NaN if equal to dense."""
-    import torch
-
-    model, batches, held_out = _encoder()
-
-    def embedded(network: Any) -> "Tensor":
-        with torch.no_grad():
-            pooled = network(**held_out).last_hidden_state.mean(1)
-        return torch.nn.functional.normalize(pooled, dim=-1)  # type: ignore[no-any-return]
-
-    if not technique._layers(model):
-        return math.nan
-    dense = embedded(model)
-    lost = []
-    for solver in ("activation", "svd"):
-        factored = replace(technique, solver=solver).apply(deepcopy(model), batches)
-        lost.append(1 - float((embedded(factored) * dense).sum(-1).mean()))
-    return lost[0] / lost[1]
-
-
+@one_thread()
 def removed_at_equal_accuracy(technique: Greenformer) -> float:
     """Share of the parameters that a character model loses while its accuracy, after brief tuning, falls by at most 0.01.
 

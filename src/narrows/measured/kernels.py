@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 from narrows.cost import cost
 from narrows.costmodel import achieved, op_time
@@ -102,6 +103,7 @@ def bound_seconds(op: Op, here: Machine, step: Step = ONE) -> float:
     return max(float(work.flop) / (here.peak(op.compute or op.act.name) if op.spec.matmul else here.peak("fp32")), moved, sent)
 
 
+@lru_cache(maxsize=50_000)
 def model_bound(graph: Graph, here: Machine, step: Step, devices: int) -> float:
     """The roofline of a step of a whole model that is spread evenly over devices."""
     return sum(bound_seconds(op, here, step) for op in graph) / devices
@@ -221,7 +223,7 @@ def _collective(row: Row) -> Forecast:
             sources={},
         )
     op = Op(kind, kind, {"elements": elements, "ranks": ranks}, act=act)
-    time = op_time(op, ONE, here)
+    time = op_time(op, ONE, here, eager=True)
     return Forecast(
         "collectives",
         seconds(row),

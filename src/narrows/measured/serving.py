@@ -123,6 +123,11 @@ def closed(row: Row) -> list[Forecast]:
     ]
 
 
+@cache
+def _held(graph: Graph, devices: int, many: int, prompt: int) -> float:
+    return float(footprint(tensor_parallel(graph, devices), Step.prefill(many, prompt)).total_bytes)
+
+
 def batch(row: Row) -> list[Forecast]:
     """Forecasts of a row of one batch: time of its prompt and of each token."""
     here, name = hardware(row["hardware"]), model(row["model"])
@@ -132,8 +137,7 @@ def batch(row: Row) -> list[Forecast]:
     if capped:
         raise NotCovered("power caps are not modelled.", where="hardware", remedy="Judge rows at full power.")
     graph = graph_of(name)
-    held = footprint(tensor_parallel(graph, devices), Step.prefill(many, prompt))
-    if float(held.total_bytes) > FITS * here.memory.capacity_bytes:
+    if _held(graph, devices, many, prompt) > FITS * here.memory.capacity_bytes:
         raise NotCovered(
             f"{many} sequences do not fit: they are read and answered in turns.",
             where="batch_size",

@@ -47,6 +47,15 @@ _HARDWARE = (
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "days": 86400.0}
 
 
+_MODELS = {
+    "llama-70b": "llama-3.1-70b",
+    "llama-8b": "llama-3.1-8b",
+    "llama-7b": "llama-2-7b",
+    "llama-13b": "llama-2-13b",
+    "bloom": "bloom-176b",
+}
+
+
 class NotCovered(NarrowsError):
     """A row that is sound, but that the model does not reach: it is counted, with this reason."""
 
@@ -137,9 +146,10 @@ def model(text: str, column: str = "model") -> str:
     """The bundled model that a published name means ('meta-llama/Llama-3.1-8B-Instruct' is llama-3.1-8b)."""
     low = text.lower().split("/")[-1].replace("_", "-")
     low = re.sub(r"-(instruct|chat|hf|fp8|bf16|fp16|fp4|nvfp4|it|base|awq|gptq|dynamic|v0\.\d)(?=-|$)", "", low)
-    low = {"llama-7b": "llama-2-7b", "llama-13b": "llama-2-13b", "bloom": "bloom-176b"}.get(low, low)
+    low = re.sub(r"^deepseek-r1-distill-(llama|qwen)-", r"\1-", low)
+    low = _MODELS.get(low, low)
     low = re.sub(r"^llama(\d)", r"llama-\1", re.sub(r"^meta-llama", "llama", low))
-    low = re.sub(r"^deepseek-(r1|v3).*", "deepseek-v3", re.sub(r"^llama-3-(\d+b)", r"llama-3.1-\1", low))
+    low = re.sub(r"^deepseek-(r1|v3).*", "deepseek-v3", re.sub(r"^llama-3(\.3)?-(\d+b)", r"llama-3.1-\2", low))
     if low not in bundled():
         raise NotCovered(f"the model {text[:60]!r} is not among the bundled ones.", where=column, remedy="See `narrows models`.")
     return low

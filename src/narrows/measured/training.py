@@ -175,7 +175,8 @@ def _shape(row: Row) -> tuple[Shape, bool]:
     layers = said.get("layers") or (max(1, round(params / 12 / hidden**2)) if params else 0)
     if not layers:
         raise NotCovered("neither layers nor parameters are given.", where="params", remedy="Give one of them.")
-    usual = next((h for h in (64, 80, 48, 32, 40, 16) if hidden % h == 0 and 64 <= hidden // h <= 256), 1 if hidden < 64 else 0)
+    fitting = [h for h in (64, 80, 48, 32, 40, 16) if hidden % h == 0 and 64 <= hidden // h <= 256]
+    usual = next((h for h in fitting if hidden // h % 4 == 0), fitting[0] if fitting else 0)
     heads = said.get("heads") or usual
     if not heads or hidden % heads:
         raise NotCovered(f"{heads} heads do not divide {hidden}.", where="note", remedy="Give the number of heads.")

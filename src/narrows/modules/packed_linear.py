@@ -114,7 +114,7 @@ def native_block() -> int:
     return next((b for b in (64, 32) if torch.equal(native.flatten(), _interleaved(probe.to(torch.uint8), b).flatten())), 0)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Module):  # type: ignore[misc]
     """y = x W^T + b with W kept as packed integers alone: [..., K] to [..., N] in the dtype of x.
 
     Few rows run on the CPU's packed kernel; more are multiplied densely, the weights unpacked piece by piece.

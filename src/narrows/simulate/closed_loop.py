@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from narrows.cost import cost
-from narrows.costmodel import fitted
+from narrows.costmodel import achieved, fitted
 from narrows.diagnose import seconds
 from narrows.errors import NarrowsError, closest
 from narrows.footprint import footprint
@@ -140,7 +140,7 @@ def one_batch(graph: Graph, machine: Machine, layout: Layout, batch: int, prompt
     A step lasts as long as the device or the host needs, whichever is slower.
     """
     c = constants(engine)
-    host = _launches(graph, layout.tensor) * machine.launch_seconds * c["launch"]
+    host = _launches(graph, layout.tensor) * machine.launch_seconds * achieved(machine, "launch").median * c["launch"]
     tokens = batch * prompt
     read = (
         _step_seconds(graph, machine, layout, batch, prompt, 0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from narrows.capture.config import from_config
-from narrows.costmodel import fitted, op_time
+from narrows.costmodel import achieved, fitted, op_time
 from narrows.errors import NarrowsError
 from narrows.graph import FP16, Dim, Graph, Op, Size
 from narrows.machine import Link, Machine
@@ -185,7 +185,7 @@ def step_seconds(shape: Shape, machine: Machine, fabric: Fabric, split: Split, s
     compute, bubble, pipeline (messages between stages), gradients (their exchange, as far as it is not hidden),
     optimizer, host (fixed time of a step). Raises NarrowsError for layers or heads that a split does not divide.
     """
-    c, launch = constants(split.framework), machine.launch_seconds
+    c, launch = constants(split.framework), machine.launch_seconds * achieved(machine, "launch").median
     fabric = replace(fabric, between_bytes_per_s=fabric.between_bytes_per_s * c["network"])
     across = split.tensor > fabric.per_node
     inner = _over(machine, fabric, fabric.per_node, across)

@@ -60,16 +60,22 @@ class AWQ(Rewrites):
         needs=("calibration",),
         price="about a quarter more perplexity at 135 M parameters, a few percent from 7 billion on",
         claims=(
-            Claim("same_before_rounding", "relative", 0.0, "SmolLM2-135M, rotated, group 64", "section 3.2, equation 4", "run",
-                  "fp32 rounding of 30 blocks; NaN, which fails, if nothing was scaled", at_most=1e-3),
-            Claim("perplexity_over_rounding", "ratio", 0.5, "Llama-2-7B, W4 g128: +0.13 of +0.26 on WikiText; ours: SmolLM2-135M, rotated,"
-                  " W4 g64, Brown text", "table 4", "run",
-                  "share of rounding's increase that is left; 1 without the search, and other text moves it by 0.1", at_most=0.8),
-            Claim("decode_speedup", "x", 1.85, "Llama-2-7B, batch 1, A100-80GB, roofline without kernel overheads", "abstract", "checked",
-                  "fp16 over the narrowest format that stays below 1.4 x perplexity on SmolLM2; int8, which rounding needs, gives 1.9",
-                  at_least=2.5),
+            Claim(
+                "same_before_rounding", "relative", 0.0, "SmolLM2-135M, rotated, group 64", "section 3.2, equation 4", "run",
+                "fp32 rounding of 30 blocks; NaN, which fails, if nothing was scaled", at_most=1e-3,
+            ),
+            Claim(
+                "perplexity_over_rounding", "ratio", 0.5,
+                "Llama-2-7B, W4 g128: +0.13 of +0.26 on WikiText; ours: SmolLM2-135M, rotated, W4 g64, Brown", "table 4", "run",
+                "share of rounding's increase that is left; 1 without the search, and other text moves it by 0.1", at_most=0.8,
+            ),
+            Claim(
+                "decode_speedup", "x", 1.85, "Llama-2-7B, batch 1, A100-80GB, roofline without overheads", "abstract", "checked",
+                "fp16 over the narrowest format below 1.4 x perplexity on SmolLM2; int8, which rounding needs, gives 1.9",
+                at_least=2.5,
+            ),
         ),
-    )
+    )  # fmt: skip
 
     group: int = choice(128, 64, 32, help="inputs that share a scale and a zero; fewer round better and cost more bytes")
     clip: bool = choice(True, False, help="also search how far to clip each group's range")
