@@ -209,7 +209,7 @@ def aligned(machine: Machine, *sizes: Any) -> Any:
     loss = achieved(machine, "unaligned").median
     kept: Any = 1.0
     for size in sizes:
-        kept = kept * np.where(np.asarray(size) % 8 == 0, 1.0, np.where(np.asarray(size) % 4 == 0, loss**0.5, loss))
+        kept = kept * np.where(np.asarray(size) % 8 == 0, 1.0, loss)
     return kept[()] if isinstance(kept, np.ndarray) else kept
 
 

@@ -69,8 +69,8 @@ def _blocks(count: int) -> Mapping[str, Collection[int]]:
 
 
 def perplexity(technique: LLMDrop) -> float:
-    """Perplexity after dropping four attention sublayers, over that before."""
-    return math.exp(_rise(replace(technique, attention=4, mlp=0)))
+    """Perplexity after dropping eight attention sublayers, over that before."""
+    return math.exp(_rise(replace(technique, attention=_FEW, mlp=0)))
 
 
 def attention_before_mlp_and_blocks(technique: LLMDrop) -> float:

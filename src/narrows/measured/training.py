@@ -29,7 +29,8 @@ COLUMNS = (
 )
 
 # Shapes of published models (hidden, layers, heads): SC21 table 1; Megatron-LM tables of 2021; arXiv 2205.05198 table 3;
-# llm-foundry's MPT configurations; arXiv 2005.14165 table 2.1 for GPT3-*.
+# llm-foundry's MPT configurations; arXiv 2005.14165 table 2.1 for GPT3-*;
+# arXiv 2401.10241 table 3.
 _SHAPES = {
     "gpt-1.7b": (2304, 24, 24),
     "gpt-3.6b": (3072, 30, 32),
@@ -50,6 +51,10 @@ _SHAPES = {
     "gpt-2b": (1920, 54, 20),
     "gpt-4b": (2304, 64, 24),
     "gpt-8b": (3072, 72, 32),
+    "gpt-1.5b": (2304, 22, 24),
+    "gpt-6.2b": (4096, 30, 32),
+    "gpt-14.6b": (5120, 46, 40),
+    "gpt-28.3b": (6144, 62, 48),
     "gpt3-1.3b": (2048, 24, 16),
     "gpt3-2.7b": (2560, 32, 32),
     "gpt-1.3b": (2048, 24, 16),
@@ -64,6 +69,8 @@ _SHAPES = {
     "mpt-70b": (8192, 80, 64),
     "llama-like 3b": (3072, 28, 24),
 }
+# The share of the 1F1B bubble that a schedule leaves once 2 p - 1 microbatches are there to fill it (arXiv 2401.10241).
+_BUBBLE = {"ZB-2p": 0.02, "ZB-1p": 0.35, "ZBV": 0.02, "ZB-V": 0.02}
 _TIMES = ("iteration_time", "step_time", "layer_forward", "layer_backward", "layer_total")
 _RATES = (
     "tflops_per_gpu",
@@ -176,7 +183,7 @@ def _shape(row: Row) -> tuple[Shape, bool]:
     if not layers:
         raise NotCovered("neither layers nor parameters are given.", where="params", remedy="Give one of them.")
     fitting = [h for h in (64, 80, 48, 32, 40, 16) if hidden % h == 0 and 64 <= hidden // h <= 256]
-    usual = next((h for h in fitting if hidden // h % 4 == 0), fitting[0] if fitting else 0)
+    usual = next((h for even in (8, 4, 1) for h in fitting if hidden // h % even == 0), 0)
     heads = said.get("heads") or usual
     if not heads or hidden % heads:
         raise NotCovered(f"{heads} heads do not divide {hidden}.", where="note", remedy="Give the number of heads.")
@@ -222,7 +229,7 @@ def _split(row: Row, shape: Shape, devices: int) -> tuple[Split, int]:
         interleave,
         kind,
         sharded=bool(re.search(r"FULL_SHARD|ZeRO-3|Zero=3|SHARD_GRAD", note)),
-        bubble={"ZB-2p": 0.02, "ZB-1p": 0.35, "ZBV": 0.02}.get(word, 1.0),
+        bubble=max(_BUBBLE.get(word, 1.0), 1 - many / (2 * pipeline - 1)) if word in _BUBBLE else 1.0,
         even="layers"
         if "method redis" in note or "schedule" in note
         else "output"

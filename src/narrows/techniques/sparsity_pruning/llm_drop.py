@@ -8,7 +8,8 @@ Long contexts: the KV cache, its reads and the attention work fall by the share 
 more to spare: of Llama-2-70B half of the attention layers can go, of a 1B few.
 
 ## When it does not
-MLPs hold most of the weights and bear little dropping. Where layers are not alike (sliding next to full attention, parallel
+MLPs hold most of the weights and bear little dropping. Of SmolLM2-135M eight attentions chosen by similarity cost 1.5 x perplexity
+and eight by chance 1.8 x at best; where only four go, a lucky draw is as good. Where layers are not alike (sliding next to full attention, parallel
 attention and MLP) it refuses: what it would save is only known after calibration, or the sublayers cannot be told apart.
 
 ## Reference
@@ -118,12 +119,12 @@ class LLMDrop(Rewrites):
         touches=("layers",),
         needs=("calibration",),
         claims=(
-            Claim("perplexity", "x", 1.024, "4 of SmolLM2-135M's 30; paper: half of Llama-2-70B's", "abstract", "run",
-                  "a 135M model has less to spare than a 70B; four chosen by chance cost 1.4", at_most=1.3),
+            Claim("perplexity", "x", 1.024, "8 of SmolLM2-135M's 30; paper: scores, half of 70B's", "abstract", "run",
+                  "a small model has less to spare; of 7 draws by chance the best costs 1.8, the median 3.3", at_most=1.7),
             Claim("attention_before_mlp_and_blocks", "of the nats", 0.5, "8 attentions against 8 MLPs or blocks", "curves", "run",
                   "the paper has curves only: half of what the cheaper of the others costs is a clear order", at_most=0.5),
             Claim("decode_speed", "x", 1.484, "as many as double the perplexity; paper: half of Llama-2-70B's", "abstract", "run",
-                  "on a CPU the MLPs' and the head's weights dominate; what chance allows gives below 1.1", at_least=1.12),
+                  "on a CPU the MLPs' and the head's weights dominate; what chance allows gives below 1.1", at_least=1.15),
             Claim("cache_share", "of the bytes", 0.5, "as many as double the perplexity; paper: half of them", "abstract", "run",
                   "the bytes must be exactly the share of layers left; chance allows to drop a sixth", at_most=0.75),
         ),
