@@ -191,7 +191,7 @@ def stages() -> list[Stage]:
             {
                 "matmul": 0.7,
                 "matmul-fp8": 0.6,
-                "memory-bf16": 0.8,
+                "memory": 0.8,
                 "memory-fp8": 0.75,
                 "memory-fp4": 0.5,
                 "kernel": 1.2,
@@ -204,7 +204,7 @@ def stages() -> list[Stage]:
             ),
             serving.closed,
             ("serving-tpot",),
-            ("matmul", "matmul-fp8", "memory-bf16", "memory-fp8", "memory-fp4"),
+            ("matmul", "matmul-fp8", "memory", "memory-fp8", "memory-fp4"),
             160,
             90,
         )
@@ -460,7 +460,7 @@ def spread(tables: dict[str, list[Row]]) -> None:
                     found.setdefault(("residuals", forecast.key), []).append(forecast.measured / forecast.predicted)
                     found.setdefault(("null", forecast.name), []).append(forecast.measured / forecast.bound)
     for (table, name), values in sorted(found.items()):
-        n = len(values)  # few rows, and fitted ones: the quantiles lie further out (split conformal, Lei et al. 2018)
+        n = len(values)  # the fewer rows, the further out: they are the fitted ones
         out = min(0.5, 0.4 * (n + 1) / n + 1 / n)
         low, median, high = np.quantile(values, (0.5 - out, 0.5, 0.5 + out))
         low, high = (min(low, 0.95), max(high, 1.05)) if table == "residuals" else (low, high)  # one run to the next

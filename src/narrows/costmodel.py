@@ -20,7 +20,7 @@ from narrows.machine import Machine
 from narrows.step import Amount, Step
 
 WIDE = 8192  # a longer row does not stay in registers between the statistics of a norm and its use: it is read twice
-ONE_SHOT = 8e6  # bytes up to which vLLM and TensorRT-LLM reduce with a kernel of their own instead of NCCL
+ONE_SHOT = 8e6  # bytes up to which engines reduce with a kernel of their own instead of NCCL: an assumption
 ATTENTION = ("attention", "latent_attention")
 
 
@@ -202,7 +202,7 @@ def aligned(machine: Machine, *sizes: Any) -> Any:
     """What a matrix product keeps of its speed where a row does not begin on a multiple of 8 elements.
 
     Matrix units of a GPU load 16 bytes at a time; a head of 108 or a vocabulary of 50,257 falls back to kernels that
-    load less (Narang et al., BLOOM's tuning log; NVIDIA, Deep Learning Performance: Matrix Multiplication, section 4.1).
+    load less (in BLOOM's tuning log a head of 108 costs a third of a whole step; `unaligned` is fitted on that log).
     """
     if machine.kind != "gpu":
         return 1.0

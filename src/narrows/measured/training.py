@@ -28,9 +28,9 @@ COLUMNS = (
     "note",
 )
 
-# Shapes of published models (hidden, layers, heads): SC21 table 1; Megatron-LM tables of 2021; arXiv 2205.05198 table 3;
-# llm-foundry's MPT configurations; arXiv 2005.14165 table 2.1 for GPT3-*;
-# arXiv 2401.10241 table 3.
+# Shapes of published models (hidden, layers, heads). The tables that are read state those of SC21 table 1, arXiv 2205.05198
+# and arXiv 2401.10241 in part; the others are the usual ones of these names. Those of gpt3-1.3b (heads) and of the
+# Llama-like 3B are assumptions.
 _SHAPES = {
     "gpt-1.7b": (2304, 24, 24),
     "gpt-3.6b": (3072, 30, 32),
@@ -69,7 +69,8 @@ _SHAPES = {
     "mpt-70b": (8192, 80, 64),
     "llama-like 3b": (3072, 28, 24),
 }
-# The share of the 1F1B bubble that a schedule leaves once 2 p - 1 microbatches are there to fill it (arXiv 2401.10241).
+# The share of the 1F1B bubble that a schedule leaves once 2 p - 1 microbatches are there to fill it: an approximation of
+# arXiv 2401.10241, table 5.
 _BUBBLE = {"ZB-2p": 0.02, "ZB-1p": 0.35, "ZBV": 0.02, "ZB-V": 0.02}
 _TIMES = ("iteration_time", "step_time", "layer_forward", "layer_backward", "layer_total")
 _RATES = (

@@ -8,9 +8,10 @@ Long contexts: the KV cache, its reads and the attention work fall by the share 
 more to spare: of Llama-2-70B half of the attention layers can go, of a 1B few.
 
 ## When it does not
-MLPs hold most of the weights and bear little dropping. Of SmolLM2-135M eight attentions chosen by similarity cost 1.5 x perplexity
-and eight by chance 1.8 x at best; where only four go, a lucky draw is as good. Where layers are not alike (sliding next to full attention, parallel
-attention and MLP) it refuses: what it would save is only known after calibration, or the sublayers cannot be told apart.
+MLPs hold most of the weights and bear little dropping. Eight attentions of SmolLM2-135M cost 1.5 x perplexity if chosen by
+similarity and 1.8 x at best by chance; where only four go, a lucky draw is as good. Where layers are not alike (sliding next
+to full attention) or attention and MLP are parallel it refuses: what it would save is only known after calibration, or the
+sublayers cannot be told apart.
 
 ## Reference
 He, Sun, Shen, Li: What Matters in Transformers? Not All Attention is Needed, arXiv 2406.15786 (2024), section 3. A saved
