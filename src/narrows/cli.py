@@ -27,7 +27,7 @@ def cli() -> None:
     \b
     narrows diagnose llama-3.1-70b --machine h100-sxm --devices 4 --decode --batch 16 --context 4096
     narrows prescribe smollm2-135m --machine here --decode
-    narrows apply smollm2-135m --plan awq:group=64 --out smaller
+    narrows apply smollm2-135m --plan "bf16 + awq:group=64" --out smaller
     narrows verify smollm2-135m smaller --machine here
     """
 

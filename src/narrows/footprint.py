@@ -37,14 +37,15 @@ def footprint(graph: Graph, step: Step) -> Footprint:
     """The peak of a step.
 
     weights      as stored, every expert included
-    kv           keys, values and states held after the step
+    kv           keys, values and states held after a step that serves; scoring and training keep none
     activations  for training, what forward (with the loss) keeps for backward: a segment that is recomputed counts
                  once for all segments, beside its boundaries; otherwise the most that is alive at once
     gradients, optimizer   for training: a gradient in the weight's dtype, fp32 states and master copy
     temporary    for training, what the largest op reads and writes: as much as its gradients
     """
     if step.phase != "train":
-        held: Any = sum(op.spec.held(op.sized(step)) * op.repeat * (op.cache or op.act).bits / 8 for op in graph.forward)
+        caching = graph.forward if step.phase in ("prefill", "decode") else ()
+        held: Any = sum((op.spec.held(op.sized(step)) * op.repeat * (op.cache or op.act).bits / 8 for op in caching), 0.0)
         return Footprint(graph.weight_bytes, held, activation_bytes=_alive(graph.forward, step))
     whole = training(graph)
     kept: Any = sum(at(op.saved, step) * op.act.bits / 8 * op.repeat / max(op.segments, 1) for op in whole.forward)
