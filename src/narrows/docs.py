@@ -146,6 +146,14 @@ def accuracy_page() -> str:
     peers = "Peers: " + "; ".join(f"{name}: {whose}" for name, (_, whose) in PEERS.items()) + "."
     lines = [_MADE, "# How accurate is it?", "", about, "", _line(rows[0]), _line(["---"] * len(rows[0]))]
     lines += [*map(_line, rows[1:]), ""]
+    lines += [
+        "Read it with care. Constants were fitted on one half alone, but the structure of the model (which effects it has, "
+        "presets by engine version, shapes that a source leaves unstated) was chosen with residuals of all rows in sight, so "
+        "expect more on a source that is new. Rows that the model says do not fit the memory count as not covered: for "
+        "splitwise that leaves out the one configuration it would get most wrong. Most of the error in serving comes from "
+        "disaggregated deployments, whose worker counts are not in the rows, and from vLLM at the highest concurrency.",
+        "",
+    ]
     lines += [peers, "", "## Tables that it reads", "", "| table | columns |", "|---|---|"]
     lines += [*(f"| {t.name} | {', '.join(f'`{c}`' for c in t.columns)} |" for t in TABLES), ""]
     return "\n".join(lines)
