@@ -189,7 +189,10 @@ def test_a_graph_that_says_not_what_it_saves_keeps_every_result() -> None:
     assert any("every result" in note for note in found.notes)
 
 
-@pytest.mark.parametrize(("name", "reduces"), [("llama-3.1-70b", 2 * 80 + 1), ("falcon-40b", 60 + 1), ("deepseek-v3", 2 * 61 + 1), ("mixtral-8x7b", 2 * 32 + 1)])
+@pytest.mark.parametrize(
+    ("name", "reduces"),
+    [("llama-3.1-70b", 2 * 80 + 1), ("falcon-40b", 60 + 1), ("deepseek-v3", 2 * 61 + 1), ("mixtral-8x7b", 2 * 32 + 1)],
+)
 def test_partial_sums_are_reduced_once(name: str, reduces: int) -> None:
     """Per layer after attention and after the MLP, once where both meet in one residual or experts are shared; the embedding."""
     cut = tensor_parallel(capture(name), 8)

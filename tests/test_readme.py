@@ -27,7 +27,9 @@ def test_a_command_runs(line: str, folder: Path) -> None:
     env = {**os.environ, "NARROWS_HOME": str(ROOT / ".cache" / "narrows"), "HF_HUB_OFFLINE": "1"}
     if args[0] == "verify":  # timings on a busy machine may refuse; that it runs to its verdict is what this tests
         args += ["--rounds", "3"]
-    done = subprocess.run([sys.executable, "-m", "narrows", *args], cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-m", "narrows", *args], cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode in ((0, 1) if args[0] == "verify" else (0,)), done.stderr
     assert done.stdout.strip()
 

@@ -12,7 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from narrows import verify
 from narrows.plan import Plan
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
 PLAN = Plan.parse("bf16")
 
 
@@ -33,7 +40,9 @@ def noop() -> None:
 
 
 def measured(before, after, batches, predicted=(1.0, 0.9, 1.1), steps=(noop, noop), **more):  # type: ignore[no-untyped-def]
-    return verify.verify(before, after, batches, PLAN, {"decode": predicted}, verify.resident_bytes(after), {"decode": steps}, **more)
+    return verify.verify(
+        before, after, batches, PLAN, {"decode": predicted}, verify.resident_bytes(after), {"decode": steps}, **more
+    )
 
 
 def test_perplexity_is_that_of_the_loss(model: LlamaForCausalLM, batches: list) -> None:
@@ -107,7 +116,9 @@ def test_decoding_leaves_the_cache_as_it_was(model: LlamaForCausalLM) -> None:
     torch.testing.assert_close(first.logits, second.logits)  # type: ignore[attr-defined]
 
 
-def test_results_are_kept_once_and_found_again(model: LlamaForCausalLM, batches: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_kept_once_and_found_again(
+    model: LlamaForCausalLM, batches: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "verified.csv"
     monkeypatch.setattr(verify, "results_file", lambda: file)
     assert verify.known_quality(PLAN) is None
@@ -118,4 +129,3 @@ def test_results_are_kept_once_and_found_again(model: LlamaForCausalLM, batches:
     assert verify.known_quality(PLAN) == ("perplexity", 1.0, "tiny")
     assert verify.known_quality(Plan.parse("bf16 + compile")) == ("perplexity", 1.0, "tiny")
     assert verify.known_quality(Plan.parse("llm-drop")) is None
-

@@ -346,7 +346,7 @@ def reproduce(slugs: tuple[str, ...], family: str | None, every: bool, with_base
             if record:
                 claims.record(rows)
     if as_json:
-        _print([asdict(e) for e in found])
+        _print([{k: None if v != v else v for k, v in asdict(e).items()} for e in found])  # JSON has no NaN
     else:
         from narrows.report.terminal import show_evidence
 

@@ -42,7 +42,7 @@ class Bf16(Rewrites):
         exact=False,
         claims=(),
         price="rounding to 8 bits of mantissa",
-        stage=Stage.QUANTIZE,
+        stage=Stage.CAST,
         touches=("dtype",),
     )
 

@@ -42,6 +42,7 @@ class Stage(IntEnum):
 
     REMOVE = 10
     FACTOR = 20
+    CAST = 25
     QUANTIZE = 30
     CACHE = 40
     TRAIN = 50

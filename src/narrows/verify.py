@@ -267,12 +267,25 @@ def record(found: Verification, machine: str, command: str, path: Path) -> None:
     """Keep one row per timed step in a results file, atomically, with machine, versions and command; it replaces older ones."""
     rows = [r for r in _rows(path) if (r["model"], r["plan"], r["machine"]) != (found.model, found.plan, machine)]
     for step, s in found.speed.items():
-        rows.append({
-            "model": found.model, "plan": found.plan, "step": step, "speed": f"{s.ratio:.3f}", "predicted": f"{s.predicted:.3f}",
-            "aa_ratio": f"{s.aa_ratio:.3f}", "quality": found.quality, "quality_before": f"{found.quality_before:.4f}",
-            "quality_after": f"{found.quality_after:.4f}", "bytes_before": str(found.bytes_before), "bytes_after": str(found.bytes_after),
-            "text": found.text, "machine": machine, "versions": versions(), "command": command,
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": found.model,
+                "plan": found.plan,
+                "step": step,
+                "speed": f"{s.ratio:.3f}",
+                "predicted": f"{s.predicted:.3f}",
+                "aa_ratio": f"{s.aa_ratio:.3f}",
+                "quality": found.quality,
+                "quality_before": f"{found.quality_before:.4f}",
+                "quality_after": f"{found.quality_after:.4f}",
+                "bytes_before": str(found.bytes_before),
+                "bytes_after": str(found.bytes_after),
+                "text": found.text,
+                "machine": machine,
+                "versions": versions(),
+                "command": command,
+            }
+        )
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
     writer.writeheader()

@@ -87,8 +87,18 @@ def apply(
     return directory.save(changed, tokenizer, out, plan, source=model, overwrite=overwrite).to_dict()
 
 
-def verify(before: str, after: str, machine: Machine, text: str | None, quality: str | None, prompt: int, context: int,
-           gate: verifying.Gate, rounds: int, tell: Callable[[str], None]) -> tuple[verifying.Verification, list[Diagnosis]]:  # fmt: skip
+def verify(
+    before: str,
+    after: str,
+    machine: Machine,
+    text: str | None,
+    quality: str | None,
+    prompt: int,
+    context: int,
+    gate: verifying.Gate,
+    rounds: int,
+    tell: Callable[[str], None],
+) -> tuple[verifying.Verification, list[Diagnosis]]:
     """Measure `after`, a directory with a plan in it, beside `before`, and the diagnoses of both that were predicted."""
     import torch
 

@@ -33,6 +33,7 @@ TOKENS = Size.of(tokens=1)
 
 def _layer(repeat: int) -> Graph:
     """A stack of layers by hand: norm, attention, add, norm, MLP, add."""
+
     def linear(name: str, x: str, inputs: int, outputs: int) -> Op:
         dims = {"rows": TOKENS, "inputs": inputs, "outputs": outputs}
         return Op(f"layers.*.{name}", "linear", dims, FP32, FP32, inputs=(x,), repeat=repeat)

@@ -133,9 +133,7 @@ def _infer(file: File, node: Node, op: str, inputs: Sequence[Tensor | None]) -> 
     return file.known[key]
 
 
-def _ask(
-    file: File, node: Node, op: str, inputs: Sequence[Tensor | None], values: Sequence[NDArray[Any] | None]
-) -> list[Tensor]:
+def _ask(file: File, node: Node, op: str, inputs: Sequence[Tensor | None], values: Sequence[NDArray[Any] | None]) -> list[Tensor]:
     import onnx
     from onnx import checker, defs, helper, numpy_helper, shape_inference
 

@@ -378,7 +378,11 @@ def option_table(title: str, options: Sequence[Option]) -> Table:
     def row(option: Option) -> tuple[Cell, ...]:
         low, high = option.interval
         kept = plan_status(option)
-        price = "; ".join(part for part in (option.quality or option.price, f"needs {' and '.join(option.needs)}" if option.needs else "") if part)
+        price = "; ".join(
+            part
+            for part in (option.quality or option.price, f"needs {' and '.join(option.needs)}" if option.needs else "")
+            if part
+        )
         saved = format_bytes(abs(option.bytes_saved))
         sign = "" if not option.bytes_saved else "-" if option.bytes_saved > 0 else "+"
         return (

@@ -122,14 +122,14 @@ class LLMDrop(Rewrites):
         claims=(
             Claim("perplexity", "x", 1.024, "8 of SmolLM2-135M's 30; paper: scores, half of 70B's", "abstract", "run",
                   "a small model has less to spare; of 7 draws by chance the best costs 1.8, the median 3.3", at_most=1.7),
-            Claim("attention_before_mlp_and_blocks", "of the nats", 0.5, "8 attentions against 8 MLPs or blocks", "curves", "run",
+            Claim("attention_before_mlp_and_blocks", "of the nats", None, "8 attentions, 8 MLPs or 8 blocks", "curves", "run",
                   "the paper has curves only: half of what the cheaper of the others costs is a clear order", at_most=0.5),
             Claim("decode_speed", "x", 1.484, "as many as double the perplexity; paper: half of Llama-2-70B's", "abstract", "run",
                   "on a CPU the MLPs' and the head's weights dominate; what chance allows gives below 1.1", at_least=1.15),
             Claim("cache_share", "of the bytes", 0.5, "as many as double the perplexity; paper: half of them", "abstract", "run",
                   "the bytes must be exactly the share of layers left; chance allows to drop a sixth", at_most=0.75),
         ),
-    )
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if min(self.attention, self.mlp) < 0 or self.by not in ("similarity", "random"):
@@ -285,4 +285,3 @@ def drop(model: "torch.nn.Module", lost: Mapping[str, Collection[int]]) -> None:
     config: Any = model.config
     for kind, field in LISTS.items():
         setattr(config, field, sorted(lost.get(kind, ())))
-
