@@ -156,13 +156,17 @@ def _write(path: str, content: str) -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--out", type=click.Path(dir_okay=False), help="Keep the graph as a file that every command takes as MODEL.")
+@click.option("--dim", "dims", multiple=True, metavar="NAME=VALUE", help="An ONNX file's own dim: a number, or batch or sequence.")
 @as_json_option
-def capture(model: str, out: str | None, as_json: bool) -> None:
+def capture(model: str, out: str | None, dims: tuple[str, ...], as_json: bool) -> None:
     """Read MODEL into a graph: a bundled name, config.json, directory, .onnx, graph file, or package.module:factory."""
     from narrows.capture import capture as read
     from narrows.report.terminal import show_graph
 
-    graph = read(model)
+    pairs = [dim.partition("=") for dim in dims]
+    if any(not (name and value) for name, _, value in pairs):
+        raise NarrowsError("it is not NAME=VALUE.", where="--dim", remedy="Write it like --dim height=224.")
+    graph = read(model, dims={name: int(value) if value.isdecimal() else value for name, _, value in pairs})
     if out is not None:
         _write(out, graph.to_json())
     if as_json:

@@ -56,6 +56,25 @@ def minilm() -> tuple["torch.nn.Module", Any]:
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
+def tiny_llama(layers: int, tokens: int, positions: int = 512) -> "tuple[torch.nn.Module, list[Mapping[str, torch.Tensor]]]":
+    """(model, two batches of [2, tokens]): a Llama of random weights, 32 wide, for examples of techniques; always the same one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+    )
+    seeds = (torch.Generator().manual_seed(i) for i in range(2))
+    return LlamaForCausalLM(config), [{"input_ids": torch.randint(128, (2, tokens), generator=seed)} for seed in seeds]
+
+
 def rotated(model: "torch.nn.Module", seed: int = 0) -> "torch.nn.Module":
     """A Llama-type model with its residual stream turned by a random orthogonal matrix: the same function, other weights.
 

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -33,11 +34,14 @@ def bundled() -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")))
 
 
-def capture(model: "str | Path | torch.nn.Module", step: Step | None = None) -> Graph:
+def capture(
+    model: "str | Path | torch.nn.Module", step: Step | None = None, dims: Mapping[str, int | str] | None = None
+) -> Graph:
     """The Graph of a model given by name, path, `package.module:factory`, or as an `nn.Module`.
 
     Graphs read from files are symbolic: one serves every step. A module is traced at `step` (by default one sequence
-    of 128 tokens, or one image), and its graph is of that step alone. Raises NarrowsError that names the field, op or
+    of 128 tokens, or one image), and its graph is of that step alone. `dims` gives an ONNX file's own dims a value, or a
+    role (`batch`, `sequence`). Raises NarrowsError that names the field, op or
     module at fault and what to do.
     """
     if not isinstance(model, str | Path):
@@ -52,7 +56,7 @@ def capture(model: "str | Path | torch.nn.Module", step: Step | None = None) -> 
         if path.suffix == ".onnx":
             from narrows.capture.onnx import from_onnx
 
-            return from_onnx(path)
+            return from_onnx(path, dims=dims)
         return _read(
             path / "config.json" if path.is_dir() else path, path.resolve().stem if path.is_file() else path.resolve().name
         )

@@ -60,7 +60,7 @@ def input_tensors(file: File, dims: Mapping[str, int | str]) -> tuple[Callable[[
                 roles.add(role)
                 return lambda step: int(size(step).flat[0])
         problem = f"the size {name!r} is {f'given as {given!r}' if name in dims else 'not known'}."
-        remedy = f'Give it: dims={{"{name}": 8}}, or say which it is: {", ".join(_ROLES)}.'
+        remedy = f'Give it (--dim {name}=8, or dims={{"{name}": 8}} in Python), or say which it is: {", ".join(_ROLES)}.'
         raise NarrowsError(problem, where="inputs", remedy=remedy)
 
     def total(name: str) -> Callable[[Step], int]:  # exporters also write sums, like past_sequence_length + 1

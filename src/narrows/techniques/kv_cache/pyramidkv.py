@@ -154,11 +154,7 @@ class PyramidKV(Rewrites):
 
     @classmethod
     def example(cls) -> Example:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from narrows.samples import tiny_llama
 
-        torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
-                             num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
-        data = [{"input_ids": torch.randint(128, (2, 300), generator=torch.Generator().manual_seed(i))} for i in range(2)]
-        return Example(LlamaForCausalLM(config).eval(), data, Step.decode(2, 300))
+        model, data = tiny_llama(5, tokens=300)
+        return Example(model.eval(), data, Step.decode(2, 300))

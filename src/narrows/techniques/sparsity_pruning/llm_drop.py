@@ -189,14 +189,10 @@ class LLMDrop(Rewrites):
 
     @classmethod
     def example(cls) -> Example:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from narrows.samples import tiny_llama
 
-        torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
-                             num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
-        data = [{"input_ids": torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(i))} for i in range(2)]
-        return Example(LlamaForCausalLM(config).eval(), data, Step.decode(2, 16))
+        model, data = tiny_llama(6, tokens=16, positions=64)
+        return Example(model.eval(), data, Step.decode(2, 16))
 
 
 def _layers(model: "torch.nn.Module") -> tuple[Layout, list[Any]]:

@@ -172,14 +172,10 @@ class SublinearMemoryCheckpointing(Rewrites):
 
     @classmethod
     def example(cls) -> Example:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from narrows.samples import tiny_llama
 
-        torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=9, num_attention_heads=4,
-                             num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
-        data = [{"input_ids": torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(i))} for i in range(2)]
-        return Example(LlamaForCausalLM(config), data, Step.train(2, 16))
+        model, data = tiny_llama(9, tokens=16, positions=64)
+        return Example(model, data, Step.train(2, 16))
 
 
 def _path(op: Op) -> str | None:
