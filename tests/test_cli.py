@@ -135,6 +135,7 @@ BAD = {
     "described": ["reproduce", "flashfftconv"],
     "nothing named": ["reproduce"],
     "unknown technique": ["apply", "smollm2-135m", "--plan", "awqq", "--out", "x"],
+    "a size of nothing": ["apply", "smollm2-135m", "--plan", "awq:group=0", "--out", "x"],
     "unknown choice": ["apply", "smollm2-135m", "--plan", "awq:bitz=4", "--out", "x"],
     "no such module": ["capture", "nowhere.at.all:factory"],
     "no module at all": ["capture", ":"],

@@ -70,7 +70,7 @@ def cost(op: Op, step: Step, eager: bool = False) -> Cost:
     kind, dims = op.spec, op.sized(step)
     flop, reads, writes = kind.flop(dims), kind.reads(dims), kind.writes(dims)
     weights = op.stored_bytes * kind.touched(dims)
-    cache_reads, cache_writes = kind.cache_reads(dims), kind.cache_writes(dims)
+    cache_reads, cache_writes = kind.cache_reads(dims), kind.cache_writes(dims) if step.serves else 0.0
     cache_dtype = op.cache or op.act
     written, states = cache_writes * cache_dtype.bits / 8, 0.0
     if op.phase == "backward":

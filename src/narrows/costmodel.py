@@ -28,13 +28,15 @@ ATTENTION = ("attention", "latent_attention")
 class Achieved:
     """A fitted constant, mostly a fraction of the datasheet's peak: its median, and the 10 % and 90 % quantile.
 
-    `rows` measurements of the machine's own generation stand behind it: none where it is an assumption.
+    `rows` measurements of the machine's own generation stand behind it: none where it is an assumption. `source`
+    says in words where it was found.
     """
 
     median: float
     low: float
     high: float
     rows: int = 0
+    source: str = "nothing known: taken as 1"
 
 
 @cache
@@ -78,7 +80,8 @@ def _find(own: Mapping[str, Any], name: str, kind: str, what: str) -> Achieved:
             found = source.get("-".join(parts[:count]))
             if found:
                 rows = 1 if place == "own" else found.get("rows", 0) if place == family else 0
-                return Achieved(found["median"], found["low"], found["high"], rows)
+                basis = f"{found['rows']} rows of {found['data']}" if "rows" in found else found.get("data", "given" if place == "own" else "assumption")
+                return Achieved(found["median"], found["low"], found["high"], rows, f"{'of this machine' if place == 'own' else place}: {basis}")
     return Achieved(1.0, 1.0, 1.0)
 
 
@@ -135,11 +138,9 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
     if op.kind == "checkpoint":
         return OpTime({}, 0.0, 0.0)
     work, dims = cost(op, step, eager), op.sized(step)
-    what, weight = _class(op), f"-{_name(op.weight or op.act)}-{_name(op.act)}"
-    compute, memory, link = achieved(machine, what + weight), achieved(machine, _stream(op, weight)), achieved(machine, "link")
-    peak = machine.peak(op.compute or op.act.name) if op.spec.matmul else machine.peak("fp32")
-    ideal = work.flop / peak
-    used = _used(op, dims, machine)
+    compute, memory, link = constants(op, machine)
+    ideal = work.flop / peak(op, machine)
+    used = useful(op, dims, machine)
     traffic = {
         "weights": work.weight_bytes,
         "cache": work.cache_bytes,
@@ -178,6 +179,17 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
     )
 
 
+def peak(op: Op, machine: Machine) -> float:
+    """The datasheet's FLOP/s that bound an op: of the matrix units in its dtype, or of plain fp32."""
+    return machine.peak(op.compute or op.act.name) if op.spec.matmul else machine.peak("fp32")
+
+
+def constants(op: Op, machine: Machine) -> tuple[Achieved, Achieved, Achieved]:
+    """What an op's class of kernel reaches of the peak in arithmetic, of the memory's bandwidth and of the link's."""
+    weight = f"-{_name(op.weight or op.act)}-{_name(op.act)}"
+    return achieved(machine, _class(op) + weight), achieved(machine, _stream(op, weight)), achieved(machine, "link")
+
+
 def _class(op: Op) -> str:
     if op.kind in ATTENTION:
         return "attention"
@@ -213,7 +225,8 @@ def aligned(machine: Machine, *sizes: Any) -> Any:
     return kept[()] if isinstance(kept, np.ndarray) else kept
 
 
-def _used(op: Op, dims: dict[str, Any], machine: Machine) -> Any:
+def useful(op: Op, dims: dict[str, Any], machine: Machine) -> Any:
+    """The share of the matrix units' work that its shape leaves useful, with `dims` from `Op.sized`."""
     if op.kind in ("linear", "matmul"):
         edges = (dims["inputs"], dims["outputs"]) if op.kind == "matmul" else (dims["outputs"],)
         return tile_use(dims["rows"] / dims["matrices"], dims["outputs"], dims["matrices"], machine) * aligned(machine, *edges)

@@ -10,7 +10,7 @@ import numpy as np
 
 from narrows.backward import gradient_exchange, training
 from narrows.cost import CAUSES, Cost, Limit, cost
-from narrows.costmodel import OpTime, op_time
+from narrows.costmodel import OpTime, op_time, peak
 from narrows.errors import NarrowsError
 from narrows.footprint import Footprint, footprint
 from narrows.graph import Graph, Op
@@ -74,6 +74,7 @@ class Diagnosis:
     footprint: Footprint
     what_if: dict[Limit, tuple[float, float]]
     notes: tuple[str, ...]
+    eager: bool = False
 
     @cached_property
     def ledger(self) -> dict[str, float]:
@@ -167,17 +168,16 @@ def diagnose(graph: Graph, machine: Machine, step: Step, devices: int = 1, repli
     what_if = {limit: (faster(limit, 1.1), faster(limit, 2.0)) for limit in WIDENED} if base else {}
     outside = sum(o.seconds for o in ops if not o.inside) / max(base, 1e-300)
     notes = (*ready.notes, OUTSIDE.format(outside)) if outside > 0.2 else ready.notes
-    return Diagnosis(graph.name, machine, devices, step, ops, whole, footprint(ready, step), what_if, notes)
+    return Diagnosis(graph.name, machine, devices, step, ops, whole, footprint(ready, step), what_if, notes, ready.eager)
 
 
 def _diagnose_op(op: Op, step: Step, machine: Machine, eager: bool) -> OpDiagnosis:
     time: OpTime = op_time(op, step, machine, eager)
     work = cost(op, step, eager)
-    peak = machine.peak(op.compute or op.act.name) if op.spec.matmul else machine.peak("fp32")
     moved = float(work.read_bytes + work.write_bytes) / machine.memory.bandwidth_bytes_per_s
     wire = machine.link or machine.host_link
     sent = float(work.link_bytes) / wire.bandwidth_bytes_per_s if wire else 0.0
-    bound = max(float(work.flop) / peak, moved, sent)
+    bound = max(float(work.flop) / peak(op, machine), moved, sent)
     causes = {c: float(s) for c, s in time.causes.items()}
     return OpDiagnosis(op, work, causes, float(time.low), float(time.high), bound, time.inside)
 

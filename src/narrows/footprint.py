@@ -44,7 +44,7 @@ def footprint(graph: Graph, step: Step) -> Footprint:
     temporary    for training, what the largest op reads and writes: as much as its gradients
     """
     if step.phase != "train":
-        caching = graph.forward if step.phase in ("prefill", "decode") else ()
+        caching = graph.forward if step.serves else ()
         held: Any = sum((op.spec.held(op.sized(step)) * op.repeat * (op.cache or op.act).bits / 8 for op in caching), 0.0)
         return Footprint(graph.weight_bytes, held, activation_bytes=_alive(graph.forward, step))
     whole = training(graph)

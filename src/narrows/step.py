@@ -79,6 +79,11 @@ class Step:
         """Forward, backward and optimizer over `batch` sequences of `tokens` tokens."""
         return cls(batch, tokens, 0, source, "train")
 
+    @property
+    def serves(self) -> bool:
+        """Whether keys, values and states are kept for the next step: in prefill and decode."""
+        return self.phase in ("prefill", "decode")
+
     @cached_property
     def _cache(self) -> dict[str, Amount]:
         return {}

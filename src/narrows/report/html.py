@@ -32,9 +32,9 @@ def report(
     ops are shown as text, whatever they hold; a content security policy allows the page's own script and nothing else.
     """
     several = len({d.model for d in diagnoses}) > 1
-    panels = [(f"{d.model} " * several + f"{d.step.phase} on {tables.place(d)}", _diagnosis(d)) for d in diagnoses]
+    panels = [("did it help", _verification(verification))] if verification else []
+    panels += [(f"{d.model} " * several + f"{d.step.phase} on {tables.place(d)}", _diagnosis(d)) for d in diagnoses]
     panels += [("what to do", _prescription(prescription))] if prescription else []
-    panels += [("did it help", _verification(verification))] if verification else []
     models = dict.fromkeys(
         [d.model for d in diagnoses]
         or [prescription.before.model if prescription else verification.model if verification else "narrows"]

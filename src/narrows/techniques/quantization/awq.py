@@ -81,6 +81,10 @@ class AWQ(Rewrites):
     clip: bool = choice(True, False, help="also search how far to clip each group's range")
     search: bool = choice(True, help="without it every scale is 1: rounding to nearest")
 
+    def __post_init__(self) -> None:
+        if self.group < 2:
+            raise NarrowsError(f"a group of {self.group} inputs.", where="awq: group", remedy="Give 2 or more, like 64.")
+
     def baseline(self) -> "AWQ":
         return replace(self, search=False)
 
