@@ -23,7 +23,7 @@ LAYERS = [
     {"techniques", "free", "simulate"},
     {"plan", "claims", "directory", "measured"},
     {"prescribe", "verify", "calibrate", "validate"},
-    {"workflow", "doctor", "experiments"},
+    {"workflow", "here", "doctor", "experiments"},
     {"report"},
     {"cli", "docs", "__main__"},
 ]

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 # (rows, inputs, outputs): shapes between a small encoder's and a 7B decoder's, none a power of two alone
-SHAPES = ((128, 576, 1536), (128, 1536, 576), (256, 768, 3072), (512, 1024, 1024), (256, 2048, 2048), (64, 4096, 4096))
+SHAPES = ((128, 576, 1536), (32, 1536, 576), (256, 768, 3072), (64, 384, 1536), (256, 2048, 2048), (64, 4096, 4096))
+# (channels in, channels out, side of the image, side of the kernel, stride): one of each kind in a ResNet
+CONVOLUTIONS = ((64, 64, 56, 3, 1), (256, 512, 56, 1, 2), (256, 256, 14, 3, 1), (1024, 2048, 14, 1, 2), (2048, 512, 7, 1, 1))
 STREAMS = ((576, 576), (576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (576, 49152))  # inputs, outputs
 STREAM_BYTES = 200_000_000  # so many bytes of matrices are read in turn: far beyond any cache that one core may fill
 
@@ -62,6 +64,7 @@ def _measure(torch, progress: Callable[[str], None]) -> Machine:  # type: ignore
     source = f"measured by narrows calibrate on {_cpu_name()}, one thread, torch {torch.__version__}"
     rates: dict[str, list[float]] = {}  # FLOP/s over the shapes, by format
     streams: dict[str, list[float]] = {}  # bytes/s of a one-row product, by format
+    convolutions: dict[str, list[float]] = {}  # FLOP/s over the shapes, by dtype
 
     def measure(
         name: str, dtype: "torch.dtype", layer: Callable[[int, int], "torch.nn.Module"], shapes: int = len(SHAPES)
@@ -88,6 +91,8 @@ def _measure(torch, progress: Callable[[str], None]) -> Machine:  # type: ignore
     for name, found in rates.items():
         peak = peaks[name.split("-")[-1]]
         efficiency[f"matmul-{name}"] = _quantiles([r / peak for r in found])
+    for name, found in convolutions.items():
+        efficiency[f"matmul-conv-{name}"] = _quantiles([r / peaks[name] for r in found])
     for name, found in streams.items():
         efficiency[f"memory-{name}"] = _quantiles([s / bandwidth for s in found])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -116,6 +121,16 @@ def _plain(inputs: int, outputs: int, dtype: "torch.dtype") -> "torch.nn.Module"
     import torch
 
     return torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+
+
+def _convolution(inputs: int, outputs: int, side: int, kernel: int, stride: int, dtype: "torch.dtype") -> float:
+    """FLOP per second of one convolution over one image."""
+    import torch
+
+    layer = torch.nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False, dtype=dtype)
+    image = torch.ones(1, inputs, side, side, dtype=dtype)
+    positions = (side // stride) ** 2
+    return 2 * positions * inputs * outputs * kernel**2 / min(cpu_seconds(_call(layer, image)))
 
 
 def _stream(layer: Callable[[], "torch.nn.Module"], x: "torch.Tensor") -> float:

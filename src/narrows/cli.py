@@ -156,7 +156,7 @@ def _write(path: str, content: str) -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--out", type=click.Path(dir_okay=False), help="Keep the graph as a file that every command takes as MODEL.")
-@click.option("--dim", "dims", multiple=True, metavar="NAME=VALUE", help="An ONNX file's own dim: a number, or batch or sequence.")
+@click.option("--dim", "dims", multiple=True, metavar="NAME=VALUE", help="A dim of an ONNX file: a number, batch or sequence.")
 @as_json_option
 def capture(model: str, out: str | None, dims: tuple[str, ...], as_json: bool) -> None:
     """Read MODEL into a graph: a bundled name, config.json, directory, .onnx, graph file, or package.module:factory."""
@@ -180,21 +180,30 @@ def capture(model: str, out: str | None, dims: tuple[str, ...], as_json: bool) -
 @click.argument("model")
 @machine_option
 @step_options
+@click.option("--explain", "named", metavar="OP", help="Show the arithmetic behind an op: its name, the end of it, or a glob.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Also write a report with plots to this file.")
 @as_json_option
 def diagnose(model: str, machine: str, phase: str | None, batch: int, prompt: int, context: int, source: int, devices: int,
-             replicas: int, dtype: str | None, eager: bool, html: str | None, as_json: bool) -> None:  # fmt: skip
+             replicas: int, dtype: str | None, eager: bool, named: str | None, html: str | None,
+             as_json: bool) -> None:  # fmt: skip
     """Where the time of one step of MODEL goes on a machine, what limits it, and whether it fits."""
+    from dataclasses import asdict
+
     from narrows import diagnose as diagnosing
+    from narrows.explain import explanations, findings
 
     graph, step = _captured(model, phase, batch, prompt, context, source, dtype, eager)
     found = diagnosing.diagnose(graph, _machine(machine), step, devices, replicas)
+    explained = explanations(found, named) if named is not None else []
     if html is not None:
         from narrows.report.html import report
 
         _write(html, report([found]))
     if as_json:
-        _print(diagnosing.as_json(found))
+        more = {"explanation": explained} if named is not None else {}
+        _print({**diagnosing.as_json(found), "findings": [asdict(f) for f in findings(found)], **more})
+    elif explained:
+        click.echo("\n\n".join(explained))
     else:
         from narrows.report.terminal import show_diagnosis
 
@@ -421,12 +430,16 @@ def calibrate(out: str | None, as_json: bool) -> None:
 @click.option("--set", "only", default="", metavar="NAME", help="Only sets whose name starts so: serving, training-sc21, gemm.")
 @click.option("--data", type=click.Path(exists=True), help="A folder of measurements, or one CSV file.")
 @click.option("--record", is_flag=True, help="Keep the figures in results/accuracy.csv, from which docs/accuracy.md is made.")
+@click.option("--here", is_flag=True, help="Instead, run real models on this machine beside what is predicted for them.")
 @as_json_option
-def validate(only: str, data: str | None, record: bool, as_json: bool) -> None:
+def validate(only: str, data: str | None, record: bool, here: bool, as_json: bool) -> None:
     """Judge the cost model on measured rows that it was not fitted on: error, 80 % interval, rank, regret.
 
     Exit 2 where rows are wrong; the others are judged all the same.
     """
+    if here:
+        _validate_here(as_json)
+        return
     from narrows import validate as validating
 
     with _progress("validating") as tell:
@@ -443,6 +456,21 @@ def validate(only: str, data: str | None, record: bool, as_json: bool) -> None:
         click.echo(f"error: {line}", err=True)
     if found.errors:
         sys.exit(2)
+
+
+def _validate_here(as_json: bool) -> None:
+    require("narrows validate --here", "hf", "torch", "transformers")
+    from narrows import here as measuring
+
+    machine = _machine("here")
+    with _progress("measuring") as tell:
+        found = measuring.summary(measuring.measure(machine, tell))
+    if as_json:
+        _print([found])
+        return
+    from narrows.report.terminal import show_here
+
+    show_here(found, _console())
 
 
 @cli.command()

@@ -80,8 +80,9 @@ def _find(own: Mapping[str, Any], name: str, kind: str, what: str) -> Achieved:
             found = source.get("-".join(parts[:count]))
             if found:
                 rows = 1 if place == "own" else found.get("rows", 0) if place == family else 0
-                basis = f"{found['rows']} rows of {found['data']}" if "rows" in found else found.get("data", "given" if place == "own" else "assumption")
-                return Achieved(found["median"], found["low"], found["high"], rows, f"{'of this machine' if place == 'own' else place}: {basis}")
+                basis = f"{found['rows']} rows of {found['data']}" if "rows" in found else found.get("data", "assumption")
+                said = "given with this machine" if place == "own" else f"{place}: {basis}"
+                return Achieved(found["median"], found["low"], found["high"], rows, said)
     return Achieved(1.0, 1.0, 1.0)
 
 
@@ -193,6 +194,8 @@ def constants(op: Op, machine: Machine) -> tuple[Achieved, Achieved, Achieved]:
 def _class(op: Op) -> str:
     if op.kind in ATTENTION:
         return "attention"
+    if op.kind == "conv":
+        return "matmul-conv"  # falls back to matmul where no convolution was measured
     return "matmul" if op.spec.matmul else "vector"
 
 
@@ -213,7 +216,7 @@ def _stream(op: Op, weight: str) -> str:
 def aligned(machine: Machine, *sizes: Any) -> Any:
     """What a matrix product keeps of its speed where a row does not begin on a multiple of 8 elements.
 
-    Matrix units of a GPU load 16 bytes at a time; a head of 108 or a vocabulary of 50,257 falls back to kernels that
+    Matrix units of a GPU load 16 bytes at a time; a head of 108 falls back to kernels that
     load less (in BLOOM's tuning log a head of 108 costs a third of a whole step; `unaligned` is fitted on that log).
     """
     if machine.kind != "gpu":
@@ -228,8 +231,9 @@ def aligned(machine: Machine, *sizes: Any) -> Any:
 def useful(op: Op, dims: dict[str, Any], machine: Machine) -> Any:
     """The share of the matrix units' work that its shape leaves useful, with `dims` from `Op.sized`."""
     if op.kind in ("linear", "matmul"):
-        edges = (dims["inputs"], dims["outputs"]) if op.kind == "matmul" else (dims["outputs"],)
-        return tile_use(dims["rows"] / dims["matrices"], dims["outputs"], dims["matrices"], machine) * aligned(machine, *edges)
+        kept = tile_use(dims["rows"] / dims["matrices"], dims["outputs"], dims["matrices"], machine)
+        # fitted on products of heads alone: libraries copy a weight of odd width into an even one, which costs little
+        return kept * aligned(machine, dims["inputs"], dims["outputs"]) if op.kind == "matmul" else kept
     if op.kind == "expert":
         touched = np.maximum(op.spec.touched(dims) * dims["experts"], 1.0)
         return tile_use(dims["rows"] * dims["top_k"] / touched, dims["outputs"], touched, machine)

@@ -4,12 +4,12 @@ Every figure of a finding is a what-if: the cost model is asked again, for the s
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from narrows.costmodel import constants, op_time, peak, useful
+from narrows.costmodel import achieved, constants, op_time, peak, useful
 from narrows.diagnose import Diagnosis, OpDiagnosis
 from narrows.errors import NarrowsError, closest
 from narrows.formulas import formulas, with_values
@@ -68,15 +68,18 @@ def _tiled(rows: float, d: Diagnosis) -> list[float]:
     return sorted(n * tile for n in counts if rows / 2 <= n * tile <= rows * 2 and n * tile != rows)
 
 
-def _head(op: Op, dims: dict[str, Any], _: Diagnosis) -> float | None:
-    """The size of an attention head: of fused attention, or the fixed side of a batch of products."""
+def _head_size(op: Op, dims: dict[str, Any]) -> float | None:
+    """The size of an attention head: of fused attention, or the shorter fixed side of a batch of products."""
     if op.kind == "attention":
-        size = dims["head_dim"]
-        return size if size == dims["value_dim"] and size % 64 else None
+        return float(dims["head_dim"]) if dims["head_dim"] == dims["value_dim"] else None
     if op.kind != "matmul" or dims["matrices"] <= 1:
         return None
-    fixed = [dims[side] for side in ("inputs", "outputs") if not isinstance(op[side], Size)]
-    return next((side for side in sorted(fixed) if side % 64), None)
+    return min((float(dims[side]) for side in ("inputs", "outputs") if not isinstance(op[side], Size)), default=None)
+
+
+def _head(op: Op, dims: dict[str, Any], _: Diagnosis) -> float | None:
+    size = _head_size(op, dims)
+    return size if size and size % 64 else None
 
 
 def _other_heads(op: Op, dims: dict[str, Any], size: float) -> Op:
@@ -84,12 +87,19 @@ def _other_heads(op: Op, dims: dict[str, Any], size: float) -> Op:
     if op.kind == "attention":
         many = dims["head_dim"] / size
         return op.but(head_dim=size, value_dim=size, heads=dims["heads"] * many, kv_heads=dims["kv_heads"] * many)
-    old = min(s for s in (dims["inputs"], dims["outputs"]) if s % 64)
+    old = _head_size(op, dims) or size
     side, many = ("inputs" if dims["inputs"] == old else "outputs"), old / size
     return op.but(**{side: size, "rows": dims["rows"] * many, "matrices": dims["matrices"] * many})
 
 
-def _rows(op: Op, dims: dict[str, Any], d: Diagnosis) -> float | None:
+def _side(name: str) -> Callable[[Op, dict[str, Any], Diagnosis], float | None]:
+    """The inputs or outputs of a product, unless they are the size of an attention head."""
+    return lambda op, dims, _: (
+        float(dims[name]) if op.kind in ("linear", "matmul", "expert") and dims[name] != _head_size(op, dims) else None
+    )
+
+
+def _rows(op: Op, dims: dict[str, Any], _: Diagnosis) -> float | None:
     name = "positions" if op.kind == "conv" else "rows"
     return dims[name] if op.kind in ("linear", "conv") or (op.kind == "matmul" and dims["matrices"] == 1) else None
 
@@ -106,30 +116,28 @@ _AXES = (
         _head,
         _around,
         _other_heads,
-        "head size {value:,.6g} is not a multiple of 64: {ops} lose {lost:.0%}",
-        "head size {best:,.6g} with as many fewer or more heads at the same width",
+        "head size {value:,.6g} is not a multiple of 64: this costs {ops} {lost:.0%}",
+        "head size {best:,.6g}, and so many heads that together they stay as wide",
     ),
     _Axis(
-        lambda op, dims, d: dims["outputs"] if op.kind in ("linear", "expert") else None,
+        _side("outputs"),
         _padded,
         lambda op, dims, size: op.but(outputs=size),
-        "{value:,.6g} outputs do not fill tiles or vector loads: {ops} lose {lost:.0%}",
+        "{value:,.6g} outputs do not fill tiles or vector loads: this costs {ops} {lost:.0%}",
         "pad to {best:,.6g} outputs (a vocabulary: rows that no token uses)",
     ),
     _Axis(
-        lambda op, dims, d: (
-            dims["inputs"] if op.kind in ("linear", "expert") or (op.kind == "matmul" and dims["matrices"] == 1) else None
-        ),
+        _side("inputs"),
         _padded,
         lambda op, dims, size: op.but(inputs=size),
-        "{value:,.6g} inputs do not fill vector loads: {ops} lose {lost:.0%}",
+        "{value:,.6g} inputs do not fill vector loads: this costs {ops} {lost:.0%}",
         "pad to {best:,.6g} inputs",
     ),
     _Axis(
         _rows,
         _tiled,
         lambda op, dims, size: op.but(**{"positions" if op.kind == "conv" else "rows": size}),
-        "{value:,.6g} rows leave partial tiles or a partial last wave: {ops} lose {lost:.0%}",
+        "{value:,.6g} rows leave partial tiles or a partial last wave: this costs {ops} {lost:.0%}",
         "{best:,.6g} rows a step (batch x tokens), figures per row",
         same=True,
         partial=WASTE,
@@ -138,7 +146,7 @@ _AXES = (
         _tokens_of_expert,
         lambda each, d: [float(d.machine.tile[0])],
         lambda op, dims, each: op.but(rows=each * dims["experts"] / dims["top_k"]),
-        "{value:,.3g} tokens per expert that is read: {ops} lose {lost:.0%}",
+        "{value:,.3g} tokens per expert that is read: this costs {ops} {lost:.0%}",
         "batches that give an expert {best:,.6g} tokens (or fewer, larger experts), figures per token",
         same=True,
     ),
@@ -146,7 +154,7 @@ _AXES = (
         lambda op, dims, d: dims["pairs"] / max(dims["queries"], 1.0) if op.kind == "attention" else None,
         lambda met, d: [2 * met],
         lambda op, dims, met: op.but(pairs=2 * dims["pairs"], context=2 * dims["context"]),
-        "a query meets {value:,.6g} keys, too few to hide the start of a row: {ops} lose {lost:.0%}",
+        "a query meets {value:,.6g} keys, too few to hide the start of a row: this costs {ops} {lost:.0%}",
         "a window or sequence that gives {best:,.6g} keys a query (longer or packed sequences), figures per pair",
         same=True,
     ),
@@ -171,18 +179,18 @@ def _along(axis: _Axis, d: Diagnosis) -> Iterable[Finding]:
         if value:
             alike.setdefault(float(value), []).append((entry, dims))
 
-    def spent(entry: OpDiagnosis, causes: dict[str, Any]) -> float:
+    def spent(causes: Mapping[str, Any]) -> float:
         return math.fsum(float(s) for cause, s in causes.items() if cause != "launch")
 
     def changed(entry: OpDiagnosis, dims: dict[str, Any], size: float) -> float:
         op = axis.reshaped(entry.op, dims, size)
-        seconds = spent(entry, op_time(op, d.step, d.machine, d.eager).causes)
+        seconds = spent(op_time(op, d.step, d.machine, d.eager).causes)
         if not axis.same:
             return seconds
         return seconds * float(entry.op.spec.flop(dims)) / max(float(op.spec.flop(op.sized(d.step))), 1e-300)
 
     for value, entries in alike.items():
-        now = math.fsum(spent(entry, entry.causes) for entry, _ in entries)
+        now = math.fsum(spent(entry.causes) for entry, _ in entries)
         padding = math.fsum(entry.causes.get("partial tiles", 0.0) for entry, _ in entries)
         if now < LEAST * d.seconds or padding < axis.partial * d.seconds:
             continue
@@ -194,15 +202,19 @@ def _along(axis: _Axis, d: Diagnosis) -> Iterable[Finding]:
         slowest = max(entries, key=lambda pair: pair[0].seconds)[0]
         names = {entry.op.name for entry, _ in entries}
         ops = slowest.op.name + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        figures = ", ".join(f"{size:,.6g}: {_signed(seconds / now - 1)}" for size, seconds in sorted(tried.items()))
+        figures = ", ".join(f"{size:,.6g}: {seconds / now - 1:+.0%}" for size, seconds in sorted(tried.items()))
         filled = {"value": value, "best": best, "ops": ops, "lost": loss / now}
         problem = axis.problem.format(**filled).replace("%", " %")
-        remedy = f"{axis.remedy.format(**filled)} (time at {figures})"
+        remedy = f"{axis.remedy.format(**filled)} (time at {figures})".replace("%", " %") + _basis(value, slowest.op, d)
         yield Finding(slowest.op.name, problem, loss, remedy, d.seconds / (d.seconds - loss))
 
 
-def _signed(share: float) -> str:
-    return f"{share:+.0%}".replace("%", " %")
+def _basis(size: float, op: Op, d: Diagnosis) -> str:
+    """Where the model has it from that an unaligned size is slow: one constant decides such a finding."""
+    if not size % 8 or op.kind not in ("linear", "matmul") or d.machine.kind != "gpu":
+        return ""
+    kept = achieved(d.machine, "unaligned")
+    return f"; unaligned keeps {kept.median:.3g} of the speed ({kept.source})"
 
 
 def _small_kernels(d: Diagnosis) -> list[Finding]:
@@ -212,24 +224,14 @@ def _small_kernels(d: Diagnosis) -> list[Finding]:
         return []
     slowest = max(d.ops, key=lambda entry: entry.causes.get("launch", 0.0)).op.name
     count = float(d.cost.launches)
-    problem = f"{count:,.0f} kernels of {format_seconds(d.seconds / max(count, 1.0))} each: starting them takes {loss / d.seconds:.0%}"
+    each = format_seconds(d.seconds / max(count, 1.0))
+    problem = f"{count:,.0f} kernels of {each} each: starting them takes {loss / d.seconds:.0%} of the step"
     if d.eager:
         left = math.fsum(float(op_time(e.op, d.step, d.machine).seconds) for e in d.ops)
         remedy = f"compile it, or record it as one graph: {format_seconds(left)} a step"
     else:
         left, remedy = d.seconds - loss / 2, "fuse neighbours, or give each more work: half as many kernels would save half of it"
     return [Finding(slowest, problem.replace("%", " %"), loss, remedy, d.seconds / left)] if left < d.seconds else []
-
-
-_PARTS = {
-    "flop": "FLOP",
-    "weight_bytes": "weights",
-    "cache_bytes": "cache",
-    "input_bytes": "inputs",
-    "state_bytes": "states",
-    "write_bytes": "writes",
-    "link_bytes": "link",
-}
 
 
 def explain(diagnosis: Diagnosis, name: str) -> str:
@@ -259,10 +261,13 @@ def explanations(diagnosis: Diagnosis, name: str) -> list[str]:
 def _explained(entry: OpDiagnosis, d: Diagnosis) -> str:
     op, work, machine = entry.op, entry.cost, d.machine
     lines: list[tuple[str, str]] = []
-    for part, text in formulas(op, d.eager).items():
+    for part, text in formulas(op, d.step, d.eager).items():
         amount = float(getattr(work, part))
         shown = format_flop(amount) if part == "flop" else format_bytes(amount)
-        lines += [(_PARTS[part], f"= {text}"), ("", f"= {with_values(text, op, d.step)} = {amount:,.6g} ({shown})")]
+        lines += [
+            ("FLOP" if part == "flop" else part.removesuffix("_bytes"), f"= {text}"),
+            ("", f"= {with_values(text, op, d.step)} = {amount:,.6g} ({shown})"),
+        ]
     moved, wire = float(work.read_bytes + work.write_bytes), machine.link or machine.host_link
     rates = {
         "arithmetic": (float(work.flop), peak(op, machine), "FLOP"),

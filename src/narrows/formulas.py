@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from narrows.graph import Op
+from narrows.graph import Op, at
 from narrows.step import Step
 
 # what `kinds` computes, as text: of one repeat of a forward op, in elements (`touched` is a share)
@@ -30,7 +30,7 @@ FORMULAS: dict[str, dict[str, str]] = {
         "reads": "queries * heads * head_dim",
         "writes": "queries * heads * value_dim",
         "cache_reads": "context * kv_heads * (head_dim + value_dim)",
-        "cache_writes": "(held > 0) * queries * kv_heads * (head_dim + value_dim)",
+        "cache_writes": "queries * kv_heads * (head_dim + value_dim)",
     },
     "latent_attention": {
         "flop": "2 * heads * min(context * rank * (nope_dim + value_dim) + pairs * (nope_dim + rope_dim + value_dim), "
@@ -38,7 +38,7 @@ FORMULAS: dict[str, dict[str, str]] = {
         "reads": "queries * heads * (nope_dim + rope_dim)",
         "writes": "queries * heads * value_dim",
         "cache_reads": "context * (rank + rope_dim)",
-        "cache_writes": "(held > 0) * queries * (rank + rope_dim)",
+        "cache_writes": "queries * (rank + rope_dim)",
     },
     "scan": {
         "flop": "rows * channels * (flop_per_state * state + 2)",
@@ -58,16 +58,18 @@ FORMULAS: dict[str, dict[str, str]] = {
 }
 
 
-def formulas(op: Op, eager: bool = False) -> dict[str, str]:
-    """For each field of `cost` that an op has, the text of its formula: over all repeats, in FLOP and bytes.
+def formulas(op: Op, step: Step, eager: bool = False) -> dict[str, str]:
+    """For each field of `cost` that an op has at a step, the text of its formula: over all repeats, in FLOP and bytes.
 
     `act_bytes` and `key_bytes` are those of a number of the activations and of the cache, `stored_bytes` those of
     the parameters that one repeat holds.
     """
     own, factors, traffic = FORMULAS[op.kind], op.spec.backward, ""
     flop, reads, writes = own.get("flop", ""), own.get("reads", ""), own.get("writes", "")
-    weights = " * ".join(filter(None, ("stored_bytes" if op.stored_bytes else "", own.get("touched")))) if op.stored_bytes else ""
-    written = f"{own['cache_writes']} * key_bytes" if "cache_writes" in own and op["held"] else ""
+    cached, touched = own.get("cache_reads", ""), f" * {own['touched']}" if "touched" in own else ""
+    weights = f"stored_bytes{touched}" if op.stored_bytes else ""
+    keeps = step.serves and "cache_writes" in own and at(op["held"], step) > 0
+    written = f"{own['cache_writes']} * key_bytes" if keeps else ""
     if op.phase == "backward":
         flop, traffic = flop and f"{factors[0]:g} * {flop}", f"{factors[1]:g} * "
         written = weights  # the weights' gradient
@@ -76,7 +78,6 @@ def formulas(op: Op, eager: bool = False) -> dict[str, str]:
     states = ""
     if op.kind == "optimizer":
         states = written = "elements * (act_bytes + 4 * states)"
-    cached = own.get("cache_reads", "") if "held" not in own.get("cache_reads", "") or op["held"] else ""
     sums = [part for part in (f"{traffic}{writes} * act_bytes" if writes else "", written) if part]
     texts = {
         "flop": flop,

@@ -57,7 +57,7 @@ def minilm() -> tuple["torch.nn.Module", Any]:
 
 
 def tiny_llama(layers: int, tokens: int, positions: int = 512) -> "tuple[torch.nn.Module, list[Mapping[str, torch.Tensor]]]":
-    """(model, two batches of [2, tokens]): a Llama of random weights, 32 wide, for examples of techniques; always the same one."""
+    """(model, two batches of [2, tokens]): a Llama of random weights, 32 wide, for examples; always the same one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

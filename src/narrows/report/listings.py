@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from narrows.claims import Evidence
+from narrows.explain import Finding
 from narrows.graph import Graph
 from narrows.machine import Machine
-from narrows.report.tables import Cell, Table, columns, commas, share_of
+from narrows.report.tables import Cell, Table, columns, commas, share_of, times
 from narrows.units import format_bytes, format_rate, format_seconds
 
 
@@ -132,3 +133,34 @@ def model_table(found: Iterable[Graph]) -> Table:
         for g in found
     )
     return Table("", columns("model", "parameters:number", "weights:number", "ops:number", "from:prose"), cells)
+
+
+def finding_table(found: Sequence[Finding]) -> Table:
+    """What the shapes of a network cost, and what another shape would give."""
+    rows = tuple(
+        (Cell(f.problem, under=f.remedy), Cell(format_seconds(f.loss_seconds), f.loss_seconds), Cell(times(f.gain), f.gain))
+        for f in found
+    )
+    return Table("What the shapes cost", columns("finding and remedy:prose", "loss:number", "gain:number"), rows)
+
+
+def here_table(found: Mapping[str, Any]) -> Table:
+    """Real models measured on this machine beside what was predicted: the rows of `narrows.here.summary`."""
+    heads = columns("model", "plan", "step", "measured:number", "predicted:number", "error:number")
+    cells = tuple(
+        (
+            Cell(m["model"]),
+            Cell(m["plan"] or "as it is"),
+            Cell(m["step"]),
+            Cell(format_seconds(m["measured"])),
+            Cell(format_seconds(m["predicted"]), under=f"{format_seconds(m['low'])} to {format_seconds(m['high'])}"),
+            Cell(f"{m['error']:.0%}"),
+        )
+        for m in found["measurements"]
+    )
+    calls = found["faster_or_slower"]
+    note = (
+        f"median error {found['median']:.1%}, mean {found['mape']:.1%}; {found['coverage80']:.0%} inside their 80 % interval; "
+        f"the faster of two forms named in {calls['right']} of {calls['cases']} cases"
+    )
+    return Table("Predicted and measured here", heads, cells, note=note)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from narrows.claims import Evidence
 from narrows.diagnose import Diagnosis
+from narrows.explain import findings
 from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.prescribe import Prescription
@@ -35,7 +36,8 @@ def show_diagnosis(d: Diagnosis, console: "Console") -> None:
     """The answer in a sentence, then memory, ledger, what-if and the slowest ops of a step."""
     _say(tables.headline(d), console, "bold")
     _say(tables.describe(d.step) + "; " + tables.work_sentence(d), console)
-    for table in (tables.memory_table(d), tables.ledger_table(d), tables.what_if_table(d), tables.op_table(d, _SLOWEST)):
+    shapes = listings.finding_table(findings(d))
+    for table in (tables.memory_table(d), tables.ledger_table(d), shapes, tables.what_if_table(d), tables.op_table(d, _SLOWEST)):
         if table.rows:
             _draw(table, console)
     console.print()
@@ -93,6 +95,11 @@ def show_machines(found: Iterable[Machine], console: "Console") -> None:
 def show_models(found: Iterable[Graph], console: "Console") -> None:
     """Models with their parameters and bytes."""
     _draw(listings.model_table(found), console)
+
+
+def show_here(found: Mapping[str, Any], console: "Console") -> None:
+    """Real models on this machine: measured beside predicted."""
+    _draw(listings.here_table(found), console)
 
 
 def _text(text: str, style: str = "") -> "Text":

@@ -34,7 +34,7 @@ from narrows.technique import Card, Claim, Measures, Reading, choice
 
 def bound(queries: float, keys: float, width: float, memory: float) -> float:
     """The order of the least numbers that attention moves, with one for its constant (and its inputs and outputs at least)."""
-    return max(queries * keys * width * min(width / memory, memory**-0.5), 2 * (queries + keys) * width)
+    return max(queries * keys * width * min(width / memory, 1 / math.sqrt(memory)), 2 * (queries + keys) * width)
 
 
 def strip(width: int, memory: int) -> int:
@@ -84,7 +84,7 @@ class AttentionIO(Measures):
             Claim("large_memory_exponent", "power of M", -1.0, "counted loops, N = 1024, d = 16, M from d^2 to 16 d^2",
                   "abstract", "simulated", "inputs and outputs and whole tiles bend the line by a tenth",
                   at_least=-1.1, at_most=-0.9),
-            Claim("small_memory_exponent", "power of M", -0.5, "counted loops, N = d = 256, M from d^2 / 57 to d^2 / 4, tiles that divide N",
+            Claim("small_memory_exponent", "power of M", -0.5, "counted loops, N = d = 256, M from d^2 / 57 to d^2 / 4",
                   "abstract", "simulated", "the written scores and the room beside a tile bend the line by a tenth",
                   at_least=-0.6, at_most=-0.4),
             Claim("width_exponent", "power of d", 2.0, "counted loops, N = 512, M = 2048, d from 16 to 45 = sqrt(M)",
@@ -97,7 +97,7 @@ class AttentionIO(Measures):
                   "d / sqrt(M) is 5.7; half of it, as the constants differ", at_least=2.8),
         ),
     )  # fmt: skip
-    schedule: str = choice("best", "flash", "tiles", "rows", help="order of the loops; best takes what moves least, rows tiles nothing")
+    schedule: str = choice("best", "flash", "tiles", "rows", help="best: what moves least; rows tiles nothing")
 
     def __post_init__(self) -> None:
         if self.schedule not in ("best", *SCHEDULES):
@@ -150,5 +150,6 @@ class AttentionIO(Measures):
         moved, least = sum(row["bytes"] for row in rows), sum(row["bound_bytes"] for row in rows)
         small = sum(row["bytes"] for row in rows if row["width"] ** 2 > row["memory"])
         values = {"bytes": moved, "bound_bytes": least, "over_bound": moved / least if least else 1.0,
-                  "seconds": moved / machine.memory.bandwidth_bytes_per_s, "share_small": small / moved if moved else 0.0}  # fmt: skip
+                  "seconds": moved / machine.memory.bandwidth_bytes_per_s,
+                  "share_small": small / moved if moved else 0.0}  # fmt: skip
         return Reading(values, {"bytes": "B", "bound_bytes": "B", "over_bound": "x", "seconds": "s"}, tuple(rows))

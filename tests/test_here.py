@@ -1,0 +1,37 @@
+"""What is made of measurements on this machine: errors, intervals, and whether the faster of two forms was named."""
+
+import pytest
+
+from narrows.here import Case, measure, summary
+from narrows.machine import machine
+
+
+def case(plan: str, measured: float, predicted: float, step: str = "decode") -> Case:
+    return Case("m", plan, step, measured, predicted, predicted * 0.9, predicted * 1.1)
+
+
+def test_errors_and_intervals_are_counted_over_the_cases() -> None:
+    found = summary([case("", 1.0, 1.05), case("bf16", 0.5, 0.75), case("", 2.0, 2.0, "prefill")])
+    assert found["median"] == pytest.approx(0.05)
+    assert found["mape"] == pytest.approx((0.05 + 0.5) / 3)
+    assert found["coverage80"] == pytest.approx(2 / 3)
+    assert found["worst"]["plan"] == "bf16"
+
+
+def test_the_faster_of_two_forms_must_be_named_at_the_same_step() -> None:
+    right = summary([case("", 1.0, 1.0), case("bf16", 0.5, 0.9)])["faster_or_slower"]
+    wrong = summary([case("", 1.0, 1.0), case("bf16", 0.5, 1.1)])["faster_or_slower"]
+    even = summary([case("", 1.0, 1.0), case("bf16", 1.01, 0.5)])["faster_or_slower"]
+    other = summary([case("", 1.0, 1.0), case("bf16", 0.5, 1.1, "prefill")])["faster_or_slower"]
+    assert [right, wrong, even, other] == [{"cases": n, "right": r} for n, r in ((1, 1), (1, 0), (0, 0), (0, 0))]
+
+
+def test_real_models_run_in_every_form_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is not this one: only that each case is run and predicted."""
+    import narrows.here as here
+
+    monkeypatch.setattr(here, "cpu_seconds", lambda run, rounds, least: [run() and 1.0])
+    monkeypatch.setattr(here, "_smollm2", here._minilm)
+    found = measure(machine("desktop-avx2"))
+    assert {c.plan for c in found if c.model == "resnet-50"} == {"", "bf16"}
+    assert all(0 < c.low <= c.predicted <= c.high for c in found)
