@@ -12,7 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A module imports only from layers above it, or from its own.
 LAYERS = [
-    {"errors"},
+    {"errors", "progress"},
     {"units", "figures", "kinds", "staging"},
     {"step", "machine", "papers"},
     {"graph"},

@@ -1,6 +1,6 @@
 """Which techniques would make a step faster or smaller here, by how much, and why the others would not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Any
@@ -12,6 +12,7 @@ from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.papers import papers
 from narrows.plan import Plan, Prepare
+from narrows.progress import Tell, silent
 from narrows.step import Step
 from narrows.technique import Described, No, Rewrites, Technique, Trains, technique
 from narrows.verify import known_quality
@@ -75,7 +76,7 @@ def prescribe(
     step: Step,
     devices: int = 1,
     replicas: int = 1,
-    progress: Callable[[str], None] = lambda _: None,
+    tell: Tell = silent,
 ) -> Prescription:
     """Rank every built technique, and pairs of the best, for a model on a machine at a step.
 
@@ -115,8 +116,9 @@ def prescribe(
     why_not: dict[str, str] = {}
     singles: list[Rewrites | Trains] = []
     free_steps: list[Rewrites | Trains] = []
-    for slug in [*FREE, *(p.slug for p in papers())]:
-        progress(slug)
+    slugs = [*FREE, *(p.slug for p in papers())]
+    for at, slug in enumerate(slugs):
+        tell(slug, at, len(slugs))
         found = _fitting(FREE.get(slug) or technique(slug), graph, ready, machine, step)
         if isinstance(found, No):
             why_not[slug] = found.reason

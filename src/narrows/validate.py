@@ -20,6 +20,7 @@ from narrows.errors import NarrowsError, closest
 from narrows.figures import write
 from narrows.measured import kernels, serving, training
 from narrows.measured.table import Forecast, NotCovered, Row, fingerprint, read
+from narrows.progress import Tell, silent
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,7 +158,7 @@ def interval(forecast: Forecast) -> tuple[float, float]:
     return forecast.predicted * min(low, 1.0) ** wide, forecast.predicted * max(high, 1.0) ** wide
 
 
-def validate(data: Path, only: str = "", progress: Callable[[str], None] = lambda _: None) -> Report:
+def validate(data: Path, only: str = "", tell: Tell = silent) -> Report:
     """Judge every row of the CSV files in a folder (or of one file); `only` keeps the sets whose name starts with it.
 
     Raises NarrowsError where there is no such file or set. Rows that are wrong are in the report.
@@ -170,8 +171,8 @@ def validate(data: Path, only: str = "", progress: Callable[[str], None] = lambd
     sets: dict[str, _Set] = {}
     errors: list[str] = []
     ignored: list[str] = []
-    for path in places:
-        progress(path.name)
+    for at, path in enumerate(places):
+        tell(path.name, at, len(places))
         rows = read(path)
         table = table_of(rows[0]) if rows else None
         if table is None:

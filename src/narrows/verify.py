@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from narrows.claims import versions
 from narrows.figures import write
 from narrows.plan import Plan
+from narrows.progress import Tell, silent
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +115,7 @@ def resident_bytes(model: "torch.nn.Module") -> int:
 
 
 def time_pair(
-    before: Callable[[], object], after: Callable[[], object], rounds: int = 15, progress: Callable[[str], None] = lambda _: None
+    before: Callable[[], object], after: Callable[[], object], rounds: int = 15, tell: Tell = silent, what: str = "timing"
 ) -> tuple[float, float, float, float]:
     """(before, after, ratio, A/A ratio): CPU seconds of two calls, interleaved as A B A in each round.
 
@@ -130,7 +131,7 @@ def time_pair(
     once(before), once(after)
     firsts, others, ratios, same = [], [], [], []
     for i in range(rounds):
-        progress(f"round {i + 1} of {rounds}")
+        tell(what, i, rounds)
         a, b, again = once(before), once(after), once(before)
         firsts.append(min(a, again))
         others.append(b)
@@ -179,7 +180,7 @@ def verify(
     model: str = "",
     text: str = "",
     rounds: int = 15,
-    progress: Callable[[str], None] = lambda _: None,
+    tell: Tell = silent,
 ) -> Verification:
     """Measure a changed model beside the original.
 
@@ -192,10 +193,10 @@ def verify(
     import torch
 
     torch.set_num_threads(1)
-    progress("quality of the original")
+    tell("quality of the original")
     causal = hasattr(before, "lm_head") and "input_ids" in batches[0]
     reference = [outputs(before, b) for b in batches[:4]]
-    progress("quality of the changed model")
+    tell("quality of the changed model")
     cosine, agreement = compare(reference, [outputs(after, b) for b in batches[:4]])
     failures: list[str] = []
     if quality is not None:
@@ -213,7 +214,7 @@ def verify(
             failures.append(f"cosine of the outputs is {cosine:.4f}, below {gate.cosine:g}")
     speed: dict[str, Speed] = {}
     for step, (old, new) in steps.items():
-        a, b, ratio, same = time_pair(old, new, rounds, lambda s, step=step: progress(f"timing {step}, {s}"))  # type: ignore[misc]
+        a, b, ratio, same = time_pair(old, new, rounds, tell, f"timing {step}")
         expected, low, high = predicted[step]
         speed[step] = Speed(a, b, ratio, same, expected, (low, high))
         noise = max(same, 1 / same)

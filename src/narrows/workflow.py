@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from narrows.diagnose import Diagnosis, diagnose, seconds
 from narrows.errors import NarrowsError
 from narrows.machine import Machine
 from narrows.plan import Plan
+from narrows.progress import Tell
 from narrows.staging import check_place
 from narrows.step import Step
 from narrows.technique import No, Verdict
@@ -65,9 +66,7 @@ def _require(verdict: Verdict, model: str) -> None:
         )
 
 
-def apply(
-    model: str, plan_text: str, out: str, text: str | None, overwrite: bool, tell: Callable[[str], None]
-) -> Mapping[str, Any]:
+def apply(model: str, plan_text: str, out: str, text: str | None, overwrite: bool, tell: Tell) -> Mapping[str, Any]:
     """Load, check, apply, save: the manifest of the directory that `out` then is. Nothing is written on a refusal."""
     plan = Plan.parse(plan_text)
     if not plan.steps:
@@ -97,7 +96,7 @@ def verify(
     context: int,
     gate: verifying.Gate,
     rounds: int,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> tuple[verifying.Verification, list[Diagnosis]]:
     """Measure `after`, a directory with a plan in it, beside `before`, and the diagnoses of both that were predicted."""
     import torch
