@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,11 +248,12 @@ def results_file() -> Path:
     return clone if clone.parent.is_dir() else Path(__file__).parent / "data" / "verified.csv"
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+@cache  # a prescription asks for every plan it tries
+def _rows(path: Path) -> tuple[dict[str, str], ...]:
     if not path.is_file():
-        return []
+        return ()
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return tuple(csv.DictReader(file))
 
 
 def known_quality(plan: Plan) -> tuple[str, float, str] | None:
@@ -292,3 +294,4 @@ def record(found: Verification, machine: str, command: str, path: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write(path, text.getvalue())
+    _rows.cache_clear()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from narrows import directory, samples
 from narrows import verify as verifying
 from narrows.capture.torch import from_module
-from narrows.diagnose import Diagnosis, diagnose, seconds
+from narrows.diagnose import Diagnosis, diagnose
 from narrows.errors import NarrowsError
 from narrows.machine import Machine
 from narrows.plan import Plan
@@ -122,11 +122,10 @@ def verify(
         tell(f"predicting {kind}")
         graph = replace(from_module(old, step, name=before), eager=True)
         changed = replace(plan.rewrite(graph), name=after)
-        ratios = [
-            float(a) / float(b) for a, b in zip(seconds(graph, machine, step), seconds(changed, machine, step), strict=True)
-        ]
+        ours, theirs = diagnose(graph, machine, step), diagnose(changed, machine, step)
+        ratios = [a / b for a, b in zip((ours.seconds, *ours.interval), (theirs.seconds, *theirs.interval), strict=True)]
         predicted[kind] = (ratios[0], min(ratios), max(ratios))
-        diagnoses += [diagnose(graph, machine, step), diagnose(changed, machine, step)]
+        diagnoses += [ours, theirs]
         weight_bytes = changed.weight_bytes
     if causal:
         a, b = (verifying.generation_steps(m, prompt, context) for m in (old, new))
