@@ -6,7 +6,7 @@ space and its command line at once. The registry is a listing of that folder.
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import IntEnum
 from functools import cache
@@ -208,6 +208,33 @@ class Measures(Technique):
         """What the analysis says of this graph on this machine."""
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A candidate that was tried, with its score; infinite where it cannot run."""
+
+    candidate: Mapping[str, Any]
+    score: float
+
+
+class Searches(Technique):
+    """A way to find the best of many candidates when trying one is dear: it learns from the scores it has seen."""
+
+    @abstractmethod
+    def search(
+        self,
+        candidates: Sequence[Mapping[str, Any]],
+        score: Callable[[Mapping[str, Any]], float],
+        budget: int,
+        seed: int = 0,
+        known: Sequence[Trial] = (),
+    ) -> tuple[Trial, ...]:
+        """At most `budget` new trials, in the order tried, each of another candidate; the least score is best.
+
+        candidates: every allowed combination of choices, all with the same names. score: what a candidate costs, in
+        any unit, infinite where it fails. known: trials of earlier jobs, which cost no budget.
+        """
+
+
 @dataclass(frozen=True)
 class Described:
     """A paper that is known and not built: its catalogue row alone."""
@@ -257,7 +284,7 @@ def technique_class(module: Any, slug: str) -> type[Technique]:
 
 
 def face(found: type[Technique] | Described) -> str:
-    """What narrows can do with a paper: Rewrites, Trains, Measures, or Described."""
+    """What narrows can do with a paper: Rewrites, Trains, Measures, Searches, or Described."""
     if isinstance(found, Described):
         return "Described"
     return next(base.__name__ for base in found.__mro__[1:] if base.__module__ == __name__)

@@ -8,9 +8,10 @@ from html import escape
 from importlib.resources import files
 
 from narrows.diagnose import Diagnosis
+from narrows.explain import findings
 from narrows.machine import Machine
 from narrows.prescribe import Prescription
-from narrows.report import svg, tables
+from narrows.report import listings, svg, tables
 from narrows.report.tables import Cell, Column, Table, clean
 from narrows.units import format_bytes, format_seconds
 from narrows.verify import Verification
@@ -98,6 +99,7 @@ def _diagnosis(d: Diagnosis) -> str:
             svg.waterline(d),
         ),
         _kept(tables.memory_table(d).title, _memory_bar(d) + _table(tables.memory_table(d), heading=False)),
+        _table(listings.finding_table(findings(d))),
         _table(tables.what_if_table(d)),
         _table(tables.op_table(d, _MOST_OPS), sort=True),
         notes,
