@@ -1,0 +1,167 @@
+"""How long one step of a serving engine takes, in whole picoseconds: tables out of the cost model, read in constant time.
+
+A step of an engine holds sequences that decode and pieces of prompts. Its time is a sum of what depends on the rows
+(products, norms, collectives), on the outputs, on the keys that decoding reads and on those that prompts meet:
+
+    step = rows(r) + outputs(o) + decoding(B, C) + sum over prompts of prompt(n, p) + host(B)
+
+Whole numbers make sums exact, so that many steps can be taken at once and give the same bits as one after another.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narrows.costmodel import op_time
+from narrows.diagnose import prepared
+from narrows.errors import NarrowsError
+from narrows.graph import Graph, Op
+from narrows.kinds import COLLECTIVES
+from narrows.machine import Machine
+from narrows.step import Step
+
+PS = 10**12  # picoseconds a second
+_MIXERS = ("attention", "latent_attention", "scan")  # whose time depends on the context of each sequence
+_PAST = (0, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Decoding B sequences whose contexts sum to C, from `start` up to `end` (0: no end): base + slope x (C - start) picoseconds."""
+
+    start: int
+    end: int
+    base: int
+    slope: int
+
+
+class StepTimes:
+    """The times of an engine's steps for a model on a machine, cut over `devices` by tensor parallelism.
+
+    `factor` scales what the device does, `step_seconds` and `sequence_seconds` are the host's time of a step and for
+    each sequence in it. `most_rows` and `most_sequences` bound the tables. Raises NarrowsError for a model that keeps
+    no cache.
+    """
+
+    def __init__(self, graph: Graph, machine: Machine, devices: int = 1, most_rows: int = 8192, most_sequences: int = 256,
+                 factor: float = 1.0, step_seconds: float = 0.0, sequence_seconds: float = 0.0) -> None:  # fmt: skip
+        ready = prepared(graph, Step.decode(1, 1), machine, devices)
+        mixers = [op for op in ready if op.kind in _MIXERS]
+        if not any(op["held"] for op in mixers):
+            raise NarrowsError(f"{graph.name} keeps no cache.", where="serving", remedy="Give a model that decodes.")
+        outputs = [op for op in ready if op.kind not in _MIXERS and _reads(op, "outputs")]
+        rows = [op for op in ready if op.kind not in _MIXERS and not _reads(op, "outputs")]
+        self._machine, self._mixers, self._factor = machine, mixers, factor
+        self._step = round(step_seconds * PS)
+        self._each = round(sequence_seconds * PS)
+        self._points = _grid(max(most_rows + most_sequences, 2))
+        sizes = Step.decode(np.array(self._points, float)[:, None], 1)
+        started = float(_spent(mixers, Step.decode(1, 1), machine)[1])
+        self._rows, self._sent = (self._whole(t) for t in self._parts(rows, sizes, started))
+        self._outputs, _ = (self._whole(t) for t in self._parts(outputs, sizes, 0.0))
+        self._decoding: dict[int, tuple[list[int], list[Segment]]] = {}
+        self._prompt_rows = [p for p in _grid(max(most_rows, 2), 64) if p <= max(most_rows, 2)]
+        self._prompts = self._prompt_table()
+
+    def _parts(self, ops: list[Op], step: Step, more: float) -> tuple[Any, Any]:
+        """(all seconds, those of collectives) of ops over the points of a step."""
+        sent = [op for op in ops if op.kind in COLLECTIVES]
+        whole = sum((op_time(op, step, self._machine).seconds for op in ops), np.zeros(step["tokens"].shape) + more)  # type: ignore[union-attr]
+        return whole, sum((op_time(op, step, self._machine).seconds for op in sent), np.zeros(step["tokens"].shape))  # type: ignore[union-attr]
+
+    def _whole(self, seconds: NDArray[np.float64]) -> list[int]:
+        return [int(v) for v in np.rint(seconds * self._factor * PS)]
+
+    def _prompt_table(self) -> list[list[float]]:
+        """Picoseconds per token of attention for pieces of n tokens after p: rows p, columns n. Nearly linear in both."""
+        new, past = np.meshgrid(np.array(self._prompt_rows, float), np.array(_PAST, float))
+        step = Step(1, new[..., None], past[..., None], phase="prefill")
+        body, _ = _spent(self._mixers, step, self._machine)
+        return [[float(v) for v in line] for line in np.asarray(body) * self._factor * PS / new]
+
+    def rows(self, rows: int) -> int:
+        """What depends on the rows of a step alone, and the start of its attention kernels."""
+        return self._at(self._rows, rows)
+
+    def outputs(self, outputs: int) -> int:
+        """The output layer for so many sequences."""
+        return self._at(self._outputs, outputs) if outputs else 0
+
+    def communication(self, rows: int) -> int:
+        """The collectives within `rows`."""
+        return self._at(self._sent, rows)
+
+    def host(self, sequences: int) -> int:
+        """The engine's own time of a step."""
+        return self._step + self._each * sequences
+
+    def _at(self, table: list[int], rows: int) -> int:
+        points = self._points
+        i = bisect_right(points, rows) - 1
+        low = points[i]
+        if low == rows:
+            return table[i]
+        if i + 1 == len(points):
+            raise NarrowsError(f"{rows} rows.", where="serving step", remedy=f"At most {points[-1]} are tabled: raise most_rows.")
+        return table[i] + (table[i + 1] - table[i]) * (rows - low) // (points[i + 1] - low)
+
+    def prompt(self, new: int, past: int) -> int:
+        """Attention of a piece of `new` tokens of a prompt that follow `past` cached ones."""
+        columns, table = self._prompt_rows, self._prompts
+        i = min(bisect_right(columns, new) - 1, len(columns) - 2)
+        j = min(bisect_right(_PAST, past) - 1, len(_PAST) - 2)
+        x = (new - columns[i]) / (columns[i + 1] - columns[i])
+        y = (past - _PAST[j]) / (_PAST[j + 1] - _PAST[j])
+        low = table[j][i] + (table[j][i + 1] - table[j][i]) * x
+        high = table[j + 1][i] + (table[j + 1][i + 1] - table[j + 1][i]) * x
+        return round((low + (high - low) * y) * new)
+
+    def decoding(self, sequences: int, context: int) -> Segment:
+        """The linear piece on which attention of `sequences` decoding ones lies whose caches hold `context` tokens."""
+        if sequences not in self._decoding:
+            self._table_decoding(sequences)
+        starts, segments = self._decoding[sequences]
+        return segments[bisect_right(starts, context) - 1]
+
+    def _table_decoding(self, sequences: int) -> None:
+        """Fill in a stretch of batch sizes at once: the cost model takes arrays."""
+        first = sequences - (sequences - 1) % 64
+        batch, past = np.meshgrid(np.arange(first, first + 64, dtype=float), np.array(_PAST, float), indexing="ij")
+        body, _ = _spent(self._mixers, Step.decode(batch[..., None], past[..., None]), self._machine)
+        for i, line in enumerate(np.rint(np.asarray(body) * self._factor * PS)):
+            count, values = first + i, [int(v) for v in line]
+            starts = [p * count for p in _PAST]
+            slopes = [round((b - a) / (y - x)) for a, b, x, y in zip(values, values[1:], starts, starts[1:], strict=False)]
+            ends = [*starts[1:-1], 0]  # the last goes on for ever
+            pieces = [Segment(*piece) for piece in zip(starts, ends, values, slopes, strict=False)]
+            self._decoding[count] = (starts[: len(pieces)], pieces)
+
+
+def _reads(op: Op, field: str) -> bool:
+    return any(field == name for _, dim in op.dims for name, _ in getattr(dim, "terms", ()))
+
+
+def _spent(ops: list[Op], step: Step, machine: Machine) -> tuple[Any, Any]:
+    """Seconds of ops without and of the start of their kernels."""
+    body: Any = 0.0
+    start: Any = 0.0
+    for op in ops:
+        causes = op_time(op, step, machine).causes
+        start = start + causes.get("launch", 0.0)
+        body = body + sum((s for cause, s in causes.items() if cause != "launch"), 0.0)
+    return body, start
+
+
+@lru_cache
+def _grid(most: int, dense: int = 512) -> list[int]:
+    """Sizes from 1 to at least `most`: every one up to `dense`, where tiles and waves show, then ever wider steps."""
+    points, width = list(range(1, dense + 1)), max(dense // 32, 1)
+    while points[-1] < most:
+        if points[-1] >= 64 * width:
+            width *= 2
+        points.append(points[-1] + width)
+    return points
