@@ -11,6 +11,7 @@ import numpy as np
 from narrows.backward import gradient_exchange, training
 from narrows.cost import CAUSES, Cost, Limit, cost
 from narrows.costmodel import OpTime, op_time, peak
+from narrows.energy import Energy, Load, energy
 from narrows.errors import NarrowsError
 from narrows.footprint import Footprint, footprint
 from narrows.graph import Graph, Op
@@ -106,6 +107,18 @@ class Diagnosis:
     def bound_seconds(self) -> float:
         return math.fsum(o.bound_seconds for o in self.ops)
 
+    @cached_property
+    def energy(self) -> Energy | None:
+        """What one device draws over the step; None where the machine's power is not known."""
+        return energy(self.machine, (_load(o, self.machine) for o in self.ops))
+
+
+def _load(entry: OpDiagnosis, machine: Machine) -> Load:
+    moved = float(entry.cost.read_bytes + entry.cost.write_bytes) / machine.memory.bandwidth_bytes_per_s
+    arithmetic = math.fsum(s for cause, s in entry.causes.items() if CAUSES[cause] == Limit.COMPUTE)
+    times = (entry.seconds, entry.low_seconds, entry.high_seconds)
+    return Load(times, float(entry.cost.flop) / peak(entry.op, machine), moved, arithmetic)
+
 
 def _limit(causes: dict[str, float]) -> Limit:
     shares: dict[Limit, float] = {}
@@ -182,6 +195,17 @@ def _diagnose_op(op: Op, step: Step, machine: Machine, eager: bool) -> OpDiagnos
     return OpDiagnosis(op, work, causes, float(time.low), float(time.high), bound, time.inside)
 
 
+def _energy_json(found: Diagnosis) -> dict[str, Any]:
+    """Joules of all devices, watts of one; null where the machine's power is not known."""
+    spent, n = found.energy, found.devices
+    return {
+        "energy_joules": spent and spent.joules * n,
+        "energy_interval": spent and [joules * n for joules in spent.joules_interval],
+        "watts": spent and spent.watts,
+        "watts_interval": spent and list(spent.watts_interval),
+    }
+
+
 def as_json(found: Diagnosis) -> dict[str, Any]:
     """A diagnosis as plain data: the stable contract of `narrows diagnose --json` (SI units)."""
     memory = {
@@ -216,6 +240,7 @@ def as_json(found: Diagnosis) -> dict[str, Any]:
         "write_bytes": float(found.cost.write_bytes),
         "link_bytes": float(found.cost.link_bytes),
         "bound_seconds": found.bound_seconds,
+        **_energy_json(found),
         "memory": {**memory, "capacity_bytes": round(found.machine.memory.capacity_bytes), "fits": found.fits},
         "what_if": [{"limit": limit.value, "plus_10_percent": a, "times_2": b} for limit, (a, b) in found.what_if.items()],
         "notes": list(found.notes),

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from narrows.cli import evidence, hardware, models
+from narrows.cli import evidence, hardware, models, serving
 from narrows.errors import NarrowsError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -51,6 +51,7 @@ for _command in (
     models.prescribe,
     models.apply,
     models.verify,
+    serving.simulate,
     evidence.papers,
     evidence.reproduce,
     hardware.machines,

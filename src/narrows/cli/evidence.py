@@ -114,7 +114,7 @@ def _validate_here(as_json: bool) -> None:
 
     machine = target("here")
     with progress("measuring") as tell:
-        found = measuring.summary(measuring.measure(machine, tell))
+        found = measuring.summary(*measuring.measure(machine, tell))
     if as_json:
         print_json([found])
         return

@@ -1,5 +1,6 @@
 """Tables of what there is: the ops of a graph, the catalogue, the evidence, machines and models."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ from narrows.claims import Evidence
 from narrows.explain import Finding
 from narrows.graph import Graph
 from narrows.machine import Machine
-from narrows.report.tables import Cell, Table, columns, commas, share_of, times
+from narrows.report.tables import Cell, Table, columns, commas, percent, share_of, times
+from narrows.simulate.outcome import Outcome
 from narrows.units import format_bytes, format_rate, format_seconds
 
 
@@ -162,5 +164,53 @@ def here_table(found: Mapping[str, Any]) -> Table:
     note = (
         f"median error {found['median']:.1%}, mean {found['mape']:.1%}; {found['coverage80']:.0%} inside their 80 % interval; "
         f"the faster of two forms named in {calls['right']} of {calls['cases']} cases"
+        + "".join(f"; {m['model']} was not measured: {m['reason']}" for m in found["absent"])
     )
     return Table("Predicted and measured here", heads, cells, note=note)
+
+
+_WHERE = {
+    "queue": ("waiting to be let in", "scheduling"),
+    "prompt": ("reading the prompt", "compute"),
+    "interference": ("steps that read others' prompts", "scheduling"),
+    "decode": ("giving tokens", "bandwidth"),
+    "communication": ("collectives", "communication"),
+    "host": ("the engine's own work", "launch"),
+    "preemption": ("evicted, and reading again", "capacity"),
+    "transfer": ("keys and values on their way", "communication"),
+}
+
+
+def outcome_sentence(o: Outcome, where: str) -> str:
+    """A load served, in a sentence: what clients got, and what held the slow ones up."""
+    if not o.requests:
+        return f"{where}: nothing was served, {commas(o.rejected)} rejected."
+    slow, seconds = next(iter(o.ledger(0.01).items()))
+    rate = f"{o.requests / max(o.seconds, 1e-12):.3g} requests and {commas(o.tokens / max(o.seconds, 1e-12))} tokens a second"
+    limited = min(o.ttft_limit, o.tpot_limit) < math.inf
+    good = f", {percent(o.good / o.requests)} of them within the limits" if limited else ""
+    share = percent(seconds / max(sum(o.ledger(0.01).values()), 1e-12))
+    return f"{where}: {rate}{good}; the slowest 1 % spend {share} of their time on {_WHERE[slow][0]}."
+
+
+def latency_table(o: Outcome) -> Table:
+    """What clients saw: mean and percentiles."""
+    named = (("to the first token", o.ttft), ("per further token", o.tpot), ("in all", o.e2e))
+    rows = tuple(
+        (Cell(name), *(Cell(format_seconds(v), v) for v in spread.as_json().values())) for name, spread in named if spread.count
+    )
+    return Table("What clients saw", columns("seconds", "mean:number", "p50:number", "p90:number", "p99:number"), rows)
+
+
+def request_table(o: Outcome) -> Table:
+    """Where the time of a request goes, of all and of the slowest 1 %; the rows add up to the latency."""
+    every, slow = o.ledger(), o.ledger(0.01)
+    whole = max(sum(every.values()), 1e-12)
+    rows = tuple(
+        (Cell(_WHERE[part][0], tone=_WHERE[part][1]), Cell(format_seconds(s), s), Cell(percent(s / whole), s),
+         Cell(share=s / whole, tone=_WHERE[part][1]), Cell(format_seconds(slow[part]), slow[part]))
+        for part, s in every.items() if s or slow[part]
+    )  # fmt: skip
+    total = (Cell("a request"), Cell(format_seconds(whole)), Cell("100 %"), Cell(), Cell(format_seconds(sum(slow.values()))))
+    heads = columns("where the time goes", "mean:number", "share:number", "of it:bar", "slowest 1 %:number")
+    return Table("Why", heads, rows, total=total)

@@ -11,6 +11,7 @@ from narrows.machine import Machine
 from narrows.prescribe import Prescription
 from narrows.report import listings, tables
 from narrows.report.tables import Cell, Column, Span, Table, clean
+from narrows.simulate.outcome import Outcome
 from narrows.verify import Verification
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def show_diagnosis(d: Diagnosis, console: "Console") -> None:
     """The answer in a sentence, then memory, ledger, what-if and the slowest ops of a step."""
     _say(tables.headline(d), console, "bold")
     _say(tables.describe(d.step) + "; " + tables.work_sentence(d), console)
+    if spent := tables.energy_sentence(d):
+        _say(spent, console)
     shapes = listings.finding_table(findings(d))
     for table in (tables.memory_table(d), tables.ledger_table(d), shapes, tables.what_if_table(d), tables.op_table(d, _SLOWEST)):
         if table.rows:
@@ -95,6 +98,16 @@ def show_machines(found: Iterable[Machine], console: "Console") -> None:
 def show_models(found: Iterable[Graph], console: "Console") -> None:
     """Models with their parameters and bytes."""
     _draw(listings.model_table(found), console)
+
+
+def show_outcome(o: Outcome, where: str, console: "Console") -> None:
+    """A load served: what clients saw, and why."""
+    _say(listings.outcome_sentence(o, where), console, "bold")
+    if o.requests:
+        _draw(listings.latency_table(o), console)
+        _draw(listings.request_table(o), console)
+    for note in o.notes():
+        _say(note, console, "dim")
 
 
 def show_here(found: Mapping[str, Any], console: "Console") -> None:

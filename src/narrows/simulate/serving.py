@@ -45,7 +45,8 @@ class Rules:
 class Request:
     """What a client sends at `arrival` (picoseconds): a prompt of so many tokens, and how many it will be answered with.
 
-    hashes name the pieces of its prompt (`prefixes.PIECE` tokens each): equal hashes, equal text up to there.
+    hashes name the pieces of its prompt (`blocks.PIECE` tokens each): equal hashes, equal text up to there.
+    `read`: its prompt was read elsewhere, its first token given, and its keys and values come with it.
     """
 
     arrival: int
@@ -53,6 +54,10 @@ class Request:
     output: int
     hashes: tuple[int, ...] = ()
     name: str = ""
+    read: bool = False
+
+
+PARTS = ("queue", "prompt", "interference", "decode", "communication", "host", "preemption", "transfer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class Answer:
 
     The parts add up to last - arrival: `queue` before it was let in; `prompt` reading its own; `interference` of other
     prompts; `decode`, `communication` and `host` of the steps that gave its tokens; `preemption` from losing its room
-    until it had caught up again.
+    until it had caught up again; `transfer` of its keys and values from where its prompt was read.
     """
 
     request: Request
@@ -77,6 +82,14 @@ class Answer:
     communication: int
     host: int
     preemption: int
+    transfer: int = 0
+
+    def then(self, request: Request, later: "Answer") -> "Answer":
+        """The whole answer to a request whose prompt was read here and whose other tokens came `later`, from elsewhere."""
+        parts = {part: getattr(self, part) + getattr(later, part) for part in PARTS}
+        parts["transfer"] += later.request.arrival - self.last
+        again = self.preemptions + later.preemptions
+        return Answer(request, self.admitted, self.first, later.last, self.cached, again, **parts)
 
 
 class _Sequence:
@@ -110,6 +123,7 @@ class Engine:
         self.steps = 0  # taken so far
         self.runs = 0  # of equal steps, taken at once
         self.preemptions = 0
+        self.pushed = 0  # requests so far
         self.waiting: deque[_Sequence] = deque()
         self.running: dict[_Sequence, None] = {}  # in the order in which they were let in
         self._reading: list[_Sequence] = []  # of these, the ones whose prompt is not read
@@ -134,6 +148,7 @@ class Engine:
 
     def push(self, request: Request) -> None:
         """Let a request queue up; its arrival is not before that of the last."""
+        self.pushed += 1
         most = -(-(request.prompt + request.output - 1) // self.rules.block)
         if request.prompt < 1 or request.output < 1:
             self.reject(request, "a prompt and an answer have at least one token")
@@ -306,13 +321,13 @@ class Engine:
             self._take(sequence, piece)
             pieces.append((sequence, piece))
             budget -= piece
-        if not self._evicted:
-            self._admit(pieces, budget, demand)
-        if not pieces:
-            return False
-        self._spend(pieces, decoding, demand)
-        self._evicted = False
-        return True
+        joining = [] if self._evicted else self._admit(pieces, budget, demand)
+        if pieces:
+            self._spend(pieces, decoding, demand)
+            self._evicted = False
+        for sequence in joining:
+            self._start(sequence)
+        return bool(pieces)
 
     def _again(self, decoding: int) -> tuple[int, int]:
         """How many decode in this step, and the blocks they want, after an eviction."""
@@ -327,19 +342,21 @@ class Engine:
         sequence.blocks += more
         self._pool.take(more)
 
-    def _admit(self, pieces: list[tuple[_Sequence, int]], budget: int, demand: int) -> None:
-        """Let waiting requests in, in order, as far as tokens, sequences and blocks go."""
+    def _admit(self, pieces: list[tuple[_Sequence, int]], budget: int, demand: int) -> list[_Sequence]:
+        """Let waiting requests in, in order, as far as tokens, sequences and blocks go; gives those with nothing to read."""
         rules, pool = self.rules, self._pool
+        joining: list[_Sequence] = []
         while self.waiting:
             sequence = self.waiting[0]
             if len(self.running) >= rules.max_sequences:
                 self._stuck = True
-                return
+                break
             found, own = self._remembered(sequence)
             cached = len(found) * PIECE + own * rules.block
-            piece = min(sequence.todo - cached, budget)
+            ready = sequence.request.read and sequence.first < 0
+            piece = sequence.todo if ready else min(sequence.todo - cached, budget)
             if piece < 1 or (piece < sequence.todo - cached and not rules.chunked):
-                return
+                break
             room = pool.free - demand - pool.idle(found) - own - round(rules.watermark * self.blocks)
             if rules.reserve:
                 coming = self._promised - self.steps * self._decoding + sequence.left + sum(s.left for s in self._reading)
@@ -347,7 +364,7 @@ class Engine:
             held = pool.blocks(found) + own
             if -(-(cached + piece) // rules.block) - held > room and self.running:
                 self._stuck = True
-                return
+                break
             self.waiting.popleft()
             pool.hold(found)
             if own and sequence.lost is not None:
@@ -363,9 +380,14 @@ class Engine:
                     sequence.out += self.now - sequence.preempted
                     sequence.preempted = -1
             self.running[sequence] = None
+            if ready:
+                sequence.read = sequence.todo
+                joining.append(sequence)
+                continue
             self._reading.append(sequence)
             pieces.append((sequence, piece))
             budget -= piece
+        return joining
 
     def _remembered(self, sequence: _Sequence) -> tuple[Sequence[int], int]:
         """Pieces of a prompt that are there, and further blocks that are left of the sequence since it was evicted."""

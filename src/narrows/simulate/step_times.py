@@ -31,7 +31,7 @@ _PAST = (0, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Decoding B sequences whose contexts sum to C, from `start` up to `end` (0: no end): base + slope x (C - start) picoseconds."""
+    """Picoseconds to decode with C tokens in the caches, from `start` up to `end` (0: no end): base + slope x (C - start)."""
 
     start: int
     end: int
@@ -142,7 +142,7 @@ class StepTimes:
 
 
 def _reads(op: Op, field: str) -> bool:
-    return any(field == name for _, dim in op.dims for name, _ in getattr(dim, "terms", ()))
+    return any(field == name for dim in dict(op.dims).values() for name, _ in getattr(dim, "terms", ()))
 
 
 def _spent(ops: list[Op], step: Step, machine: Machine) -> tuple[Any, Any]:

@@ -1,0 +1,154 @@
+"""What the clients of a serving engine saw: percentiles, goodput, and where the time of the slow ones went."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from narrows.simulate.serving import PARTS, Answer, Engine, Request
+from narrows.simulate.step_times import PS
+
+_FINE = 256  # bins for every doubling: a percentile is right to 0.14 %
+_COARSE = 8
+_REASONS = 20
+
+
+class Spread:
+    """A stream of positive numbers: mean exact, percentiles to 0.14 %, in memory that does not grow."""
+
+    def __init__(self) -> None:
+        self.count, self.total = 0, 0.0
+        self._bins: dict[int, int] = {}
+
+    def add(self, value: float) -> None:
+        """One more number; what is below a picosecond counts as one."""
+        self.count += 1
+        self.total += value
+        bin_ = math.floor(math.log2(max(value, 1e-12)) * _FINE)
+        self._bins[bin_] = self._bins.get(bin_, 0) + 1
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else math.nan
+
+    def quantile(self, share: float) -> float:
+        """The number below which a share of them lies."""
+        wanted, seen = share * self.count, 0
+        for bin_ in sorted(self._bins):
+            seen += self._bins[bin_]
+            if seen >= wanted:
+                return float(2.0 ** ((bin_ + 0.5) / _FINE))
+        return math.nan
+
+    def as_json(self) -> dict[str, float]:
+        """Mean and percentiles."""
+        return {"mean": self.mean, "p50": self.quantile(0.5), "p90": self.quantile(0.9), "p99": self.quantile(0.99)}
+
+
+@dataclass
+class Outcome:
+    """A load served: seconds to the first token, between tokens and in all; `good` kept both limits.
+
+    parts   seconds of all requests by where they went; they add up to the sum of all latencies
+    """
+
+    ttft_limit: float = math.inf
+    tpot_limit: float = math.inf
+    ttft: Spread = field(default_factory=Spread)
+    tpot: Spread = field(default_factory=Spread)
+    e2e: Spread = field(default_factory=Spread)
+    requests: int = 0
+    good: int = 0
+    tokens: int = 0
+    cached: int = 0
+    prompts: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    first_arrival: int | None = None
+    last_arrival: int = 0
+    end: int = 0
+    rejected: int = 0
+    reasons: list[str] = field(default_factory=list)
+    _parts: dict[int, list[int]] = field(default_factory=dict)
+
+    def add(self, answer: Answer) -> None:
+        """One request more."""
+        r = answer.request
+        ttft, whole = (answer.first - r.arrival) / PS, (answer.last - r.arrival) / PS
+        tpot = (answer.last - answer.first) / PS / (r.output - 1) if r.output > 1 else 0.0
+        self.ttft.add(ttft)
+        self.e2e.add(whole)
+        if r.output > 1:
+            self.tpot.add(tpot)
+        self.requests += 1
+        self.good += ttft <= self.ttft_limit and tpot <= self.tpot_limit
+        self.tokens += r.output
+        self.prompts += r.prompt
+        self.cached += answer.cached
+        self.preemptions += answer.preemptions
+        self.first_arrival = r.arrival if self.first_arrival is None else min(self.first_arrival, r.arrival)
+        self.last_arrival = max(self.last_arrival, r.arrival)
+        self.end = max(self.end, answer.last)
+        sums = self._parts.setdefault(math.floor(math.log2(max(whole, 1e-12)) * _COARSE), [0] * (len(PARTS) + 1))
+        sums[-1] += 1
+        for i, part in enumerate(PARTS):
+            sums[i] += getattr(answer, part)
+
+    def reject(self, request: Request, why: str) -> None:
+        """A request that could never be served is counted, the first of them with their reason."""
+        self.rejected += 1
+        if len(self.reasons) < _REASONS:
+            self.reasons.append(f"{request.prompt} + {request.output} tokens: {why}")
+
+    def close(self, replicas: Iterable[Engine]) -> None:
+        """The load is over."""
+        self.steps = sum(engine.steps for engine in replicas)
+
+    @property
+    def seconds(self) -> float:
+        """From the first arrival to the last token."""
+        return (self.end - (self.first_arrival or 0)) / PS
+
+    def ledger(self, slowest: float = 1.0) -> dict[str, float]:
+        """Mean seconds of a request by where they went; of about the `slowest` share alone, or of all."""
+        wanted, count = slowest * self.requests, 0
+        sums = [0] * len(PARTS)
+        for bin_ in sorted(self._parts, reverse=True):
+            if count >= wanted:
+                break
+            *more, held = self._parts[bin_]
+            count += held
+            sums = [a + b for a, b in zip(sums, more, strict=True)]
+        found = {part: total / PS / max(count, 1) for part, total in zip(PARTS, sums, strict=True)}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def notes(self) -> tuple[str, ...]:
+        """What else to know: evictions, requests that no replica could hold, a load that does not keep up."""
+        found = [f"{self.preemptions:,} evictions for want of blocks."] if self.preemptions else []
+        if self.rejected:
+            found.append(f"{self.rejected:,} requests rejected: {'; '.join(self.reasons[:3])}.")
+        arriving = (self.last_arrival - (self.first_arrival or 0)) / PS
+        if self.requests and self.seconds > 1.1 * arriving + 2 * self.e2e.quantile(0.01):
+            found.append(f"Past saturation: requests arrived for {arriving:,.0f} s and took {self.seconds:,.0f} s to serve.")
+        return tuple(found)
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain data (SI units): what `narrows simulate serve --json` prints beside its own cost."""
+        seconds = max(self.seconds, 1e-12)
+        return {
+            "requests": self.requests,
+            "rejected": self.rejected,
+            "notes": list(self.notes()),
+            "simulated_seconds": self.seconds,
+            "ttft_s": self.ttft.as_json(),
+            "tpot_s": self.tpot.as_json(),
+            "e2e_s": self.e2e.as_json(),
+            "throughput_tokens_per_s": self.tokens / seconds,
+            "requests_per_s": self.requests / seconds,
+            "goodput_requests_per_s": self.good / seconds,
+            "preemptions": self.preemptions,
+            "prefix_hits": self.cached / max(self.prompts, 1),
+            "steps": self.steps,
+            "ledger": self.ledger(),
+            "ledger_slowest_1_percent": self.ledger(0.01),
+        }
