@@ -12,9 +12,9 @@ from narrows.errors import NarrowsError
 from narrows.graph import DType, Op
 
 # By bits of the weight: up to so many bf16 rows the packed kernel beats unpacking and a dense product, because it
-# unpacks again for every few rows. Measured on a Xeon with AMX, two cores, layers of 576 x 576 to 4096 x 4096. For
-# fp16 and fp32 it is not vectorised and never pays.
-KERNEL_ROWS = {4: 64, 8: 32}
+# unpacks again for every few rows: in layers whose unpacked weights stay in the cache, and in larger ones. Measured on
+# a Xeon with AMX, layers of 192 x 576 to 4096 x 4096. For fp16 and fp32 it is not vectorised and never pays.
+KERNEL_ROWS = {4: (64, 64), 8: (10, 20)}
 KERNEL_GROUPS = (32, 64, 128, 256)
 # Weights unpacked at a time: 4 MB as fp32, so that unpacking stays in the cache.
 CHUNK = 2**20
@@ -140,7 +140,7 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
             problem = f"{inputs} inputs and {outputs} outputs do not pack as {form}."
             raise NarrowsError(problem, remedy="Use int8(), or int4 with a group that divides the inputs.")
         self.in_features, self.out_features, self.form = inputs, outputs, form
-        self.kernel_rows = KERNEL_ROWS[round(form.bits)]
+        self.kernel_rows = KERNEL_ROWS[round(form.bits)][inputs * outputs > CHUNK]
         native = native_block()
         if form.bits == 8:  # 32: other widths read past the end of a row
             self.native, self.block = inputs % 32 == 0, 0
@@ -222,8 +222,8 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
         scales = self.scales.view(torch.bfloat16)
         if self.form.bits == 8:
             for first in range(0, self.out_features, rows := max(1, CHUNK // inputs)):
-                here = slice(first, first + rows)
-                y[:, here] = x @ (self.packed[here].to(x.dtype) * scales[here, None].to(x.dtype)).T
+                here = slice(first, first + rows)  # codes are exact in any dtype; an output is scaled more cheaply than its row
+                torch.mul(x @ self.packed[here].to(x.dtype).T, scales[here].to(x.dtype), out=y[:, here])
             return y
         half, group = self.block // 2, self.form.group
         blocks = self.packed.view(-1, inputs // group, group, half)
