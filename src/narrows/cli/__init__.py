@@ -49,6 +49,7 @@ for _command in (
     models.capture,
     models.diagnose,
     models.prescribe,
+    models.measure,
     models.apply,
     models.verify,
     serving.simulate,

@@ -108,6 +108,32 @@ def prescribe(
 
 
 @click.command()
+@click.argument("analysis")
+@click.argument("model")
+@machine_option
+@step_options
+@as_json_option
+def measure(analysis: str, model: str, machine: str, devices: int, replicas: int, as_json: bool, **size: Any) -> None:
+    """What a published ANALYSIS, like `ai-and-memory-wall`, says of MODEL on a machine; options as in `slug:name=value`."""
+    from narrows.plan import parse
+    from narrows.technique import Measures
+
+    chosen = parse(analysis)
+    if not isinstance(chosen, Measures):
+        raise NarrowsError(f"{analysis} is no analysis.", where="measure", remedy="`narrows papers` names the face of each.")
+    if devices > 1 or replicas > 1:
+        raise NarrowsError("an analysis looks at one device.", where="measure", remedy="Leave --devices and --replicas at 1.")
+    graph, step = captured(model, **size)
+    found = chosen.measure(graph, target(machine), step)
+    if as_json:
+        print_json({"values": dict(found.values), "units": dict(found.units), "rows": [dict(row) for row in found.rows]})
+    else:
+        from narrows.report.terminal import show_reading
+
+        show_reading(f"{chosen.paper.name}: {graph.name}", found, console())
+
+
+@click.command()
 @click.argument("model")
 @click.option("--plan", required=True, help="Techniques joined by +, with options: 'llm-drop:attention=4 + awq:group=64'.")
 @click.option("--out", required=True, type=click.Path(), help="Directory to write; it appears whole or not at all.")

@@ -10,6 +10,7 @@ from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.report.tables import Cell, Table, columns, commas, percent, share_of, times
 from narrows.simulate.outcome import Outcome
+from narrows.technique import Reading
 from narrows.units import format_bytes, format_rate, format_seconds
 
 
@@ -167,6 +168,23 @@ def here_table(found: Mapping[str, Any]) -> Table:
         + "".join(f"; {m['model']} was not measured: {m['reason']}" for m in found["absent"])
     )
     return Table("Predicted and measured here", heads, cells, note=note)
+
+
+def reading_tables(found: Reading) -> tuple[Table, Table]:
+    """What an analysis found: its headline values, and its rows, of which the first says which columns there are."""
+    values = tuple(
+        (Cell(name.replace("_", " ")), _figure(v), Cell(found.units.get(name, ""))) for name, v in found.values.items()
+    )
+    heads = list(found.rows[0]) if found.rows else []
+    kinds = [f"{head.replace('_', ' ')}:{'text' if isinstance(found.rows[0][head], str) else 'number'}" for head in heads]
+    rows = tuple(tuple(_figure(row.get(head, "")) for head in heads) for row in found.rows)
+    return Table("", columns("value", "figure:number", "unit"), values), Table("", columns(*kinds), rows)
+
+
+def _figure(value: Any) -> Cell:
+    return (
+        Cell(f"{value:.4g}", float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else Cell(str(value))
+    )
 
 
 _WHERE = {

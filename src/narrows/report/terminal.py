@@ -12,6 +12,7 @@ from narrows.prescribe import Prescription
 from narrows.report import listings, tables
 from narrows.report.tables import Cell, Column, Span, Table, clean
 from narrows.simulate.outcome import Outcome
+from narrows.technique import Reading
 from narrows.verify import Verification
 
 if TYPE_CHECKING:
@@ -98,6 +99,14 @@ def show_machines(found: Iterable[Machine], console: "Console") -> None:
 def show_models(found: Iterable[Graph], console: "Console") -> None:
     """Models with their parameters and bytes."""
     _draw(listings.model_table(found), console)
+
+
+def show_reading(title: str, found: Reading, console: "Console") -> None:
+    """What an analysis found."""
+    _say(title, console, "bold")
+    for table in listings.reading_tables(found):
+        if table.rows:
+            _draw(table, console)
 
 
 def show_outcome(o: Outcome, where: str, console: "Console") -> None:
