@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from narrows.cli import evidence, hardware, models, serving
+from narrows.cli import evidence, hardware, models, planning, serving
 from narrows.errors import NarrowsError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -53,6 +53,7 @@ for _command in (
     models.apply,
     models.verify,
     serving.simulate,
+    planning.plan,
     evidence.papers,
     evidence.reproduce,
     hardware.machines,

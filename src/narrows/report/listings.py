@@ -172,19 +172,27 @@ def here_table(found: Mapping[str, Any]) -> Table:
 
 def reading_tables(found: Reading) -> tuple[Table, Table]:
     """What an analysis found: its headline values, and its rows, of which the first says which columns there are."""
-    values = tuple(
-        (Cell(name.replace("_", " ")), _figure(v), Cell(found.units.get(name, ""))) for name, v in found.values.items()
-    )
-    heads = list(found.rows[0]) if found.rows else []
-    kinds = [f"{head.replace('_', ' ')}:{'text' if isinstance(found.rows[0][head], str) else 'number'}" for head in heads]
-    rows = tuple(tuple(_figure(row.get(head, "")) for head in heads) for row in found.rows)
+    values = tuple((Cell(_words(name)), _cell(v), Cell(found.units.get(name, ""))) for name, v in found.values.items())
+    first = found.rows[0] if found.rows else {}
+    kinds = [f"{_words(name)}:{_kind(value)}" for name, value in first.items()]
+    rows = tuple(tuple(_cell(row.get(name, "")) for name in first) for row in found.rows)
     return Table("", columns("value", "figure:number", "unit"), values), Table("", columns(*kinds), rows)
 
 
-def _figure(value: Any) -> Cell:
-    return (
-        Cell(f"{value:.4g}", float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else Cell(str(value))
-    )
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "name" if "." in value else "text"
+    return "prose" if isinstance(value, tuple | list) else "number"
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Cell(f"{value:.3g}", float(value))
+    return Cell(", ".join(_words(str(part)) for part in value) if isinstance(value, tuple | list) else str(value))
 
 
 _WHERE = {

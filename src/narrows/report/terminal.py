@@ -9,8 +9,9 @@ from narrows.explain import findings
 from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.prescribe import Prescription
-from narrows.report import listings, tables
+from narrows.report import listings, tables, training
 from narrows.report.tables import Cell, Column, Span, Table, clean
+from narrows.search.train import TrainPlan
 from narrows.simulate.outcome import Outcome
 from narrows.technique import Reading
 from narrows.verify import Verification
@@ -117,6 +118,20 @@ def show_outcome(o: Outcome, where: str, console: "Console") -> None:
         _draw(listings.request_table(o), console)
     for note in o.notes():
         _say(note, console, "dim")
+
+
+def show_train_plan(p: TrainPlan, console: "Console") -> None:
+    """The fastest layout in a sentence, its rivals, where its time and memory go, and why not others."""
+    _say(training.plan_sentence(p), console, "bold")
+    if p.best:
+        _draw(training.choice_table("Fastest first", p.best), console)
+        _draw(training.step_table(p.best[0]), console)
+        _draw(training.rank_table(p.best[0], p.job.capacity_bytes), console)
+    if p.pareto:
+        _draw(training.choice_table("Beaten by none in time, memory, devices, energy and price", p.pareto), console)
+    console.print()
+    for line in (training.effort_sentence(p), *p.why_not):
+        _say(line, console, "dim")
 
 
 def show_here(found: Mapping[str, Any], console: "Console") -> None:
