@@ -17,7 +17,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from narrows.costmodel import generation
 from narrows.errors import NarrowsError
 from narrows.machine import Machine
 
@@ -27,7 +26,7 @@ LOWEST_CLOCK = 0.5  # of the highest: below, voltage no longer falls with the cl
 
 @cache
 def fitted() -> dict[str, Any]:
-    """The constants of the power model for `any` hardware, and what is known better of a generation (`ampere`)."""
+    """The constants of the power model for `any` hardware, and what was measured of some (`a100`), by the start of their name."""
     return tomllib.loads(files("narrows.data").joinpath("power.toml").read_text("utf-8"))
 
 
@@ -62,7 +61,8 @@ def power(machine: Machine) -> Power | None:
     """The power model of a machine; None where its rated power is not known."""
     if machine.power_watts is None:
         return None
-    constants = fitted()["any"] | fitted().get(generation(machine.name), {})
+    own: dict[str, Any] = next((table for name, table in fitted().items() if machine.name.startswith(name)), {})
+    constants = fitted()["any"] | own
     idle = constants.pop("idle") * machine.power_watts
     return Power(rated=machine.power_watts, idle=machine.idle_watts or idle, **constants)
 

@@ -43,6 +43,11 @@ def format_flop(count: float) -> str:
     return _scaled(count, "FLOP")
 
 
+def format_joules(energy: float) -> str:
+    """4.2e4 as '42 kJ'."""
+    return _scaled(energy, "J")
+
+
 def format_rate(per_second: float, unit: str) -> str:
     """3.35e12, 'B' as '3.35 TB/s'."""
     return _scaled(per_second, f"{unit}/s")

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from narrows.claims import Evidence
+from narrows.diagnose import Diagnosis
 from narrows.explain import Finding
 from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.report.tables import Cell, Table, columns, commas, percent, share_of, times
 from narrows.simulate.outcome import Outcome
 from narrows.technique import Reading
-from narrows.units import format_bytes, format_rate, format_seconds
+from narrows.units import format_bytes, format_joules, format_rate, format_seconds
 
 
 def graph_sentence(g: Graph) -> str:
@@ -19,6 +20,16 @@ def graph_sentence(g: Graph) -> str:
     how = "every operator its own kernel" if g.eager else "fused as an engine runs it"
     owns = f"{commas(g.parameters)} parameters, {format_bytes(g.weight_bytes)} of weights"
     return f"{g.name}: {owns}, {commas(runs)} ops folded into {len(g.ops)}, {how}"
+
+
+def energy_sentence(d: Diagnosis) -> str:
+    """Joules of a step over all devices and of each thing that comes out, and one device's watts; '' where unknown."""
+    if d.energy is None:
+        return ""
+    what, n = "sequence" if d.step.phase == "forward" else "token", d.devices
+    low, high = (format_joules(joules * n) for joules in d.energy.joules_interval)
+    each = format_joules(share_of(d.energy.joules * n, float(d.step[f"{what}s"])))
+    return f"{format_joules(d.energy.joules * n)} a step ({low} to {high}), {each} a {what}, {d.energy.watts:.0f} W a device"
 
 
 def graph_table(g: Graph) -> Table:

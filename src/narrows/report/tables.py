@@ -247,18 +247,6 @@ def work_sentence(d: Diagnosis) -> str:
     return f"{throughput(d)}; {done}{sent}; {bound}{gap}"
 
 
-def energy_sentence(d: Diagnosis) -> str:
-    """Joules of a step over all devices and of each thing that comes out, and one device's watts; '' where unknown."""
-    if d.energy is None:
-        return ""
-    what = "sequence" if d.step.phase == "forward" else "token"
-    joules, watts = d.energy.joules * d.devices, d.energy.watts
-    low, high = d.energy.joules_interval
-    span = f"{_figure(low * d.devices)} to {_figure(high * d.devices)}"
-    each = _figure(share_of(joules, float(d.step[f"{what}s"])))
-    return f"{_figure(joules)} J a step ({span}), {each} J a {what}, at {_figure(watts)} W a device"
-
-
 def provenance(d: Diagnosis) -> str:
     """Where the figures come from, and what the interval means."""
     if d.machine.provenance == "calibrated":

@@ -39,7 +39,7 @@ def show_diagnosis(d: Diagnosis, console: "Console") -> None:
     """The answer in a sentence, then memory, ledger, what-if and the slowest ops of a step."""
     _say(tables.headline(d), console, "bold")
     _say(tables.describe(d.step) + "; " + tables.work_sentence(d), console)
-    if spent := tables.energy_sentence(d):
+    if spent := listings.energy_sentence(d):
         _say(spent, console)
     shapes = listings.finding_table(findings(d))
     for table in (tables.memory_table(d), tables.ledger_table(d), shapes, tables.what_if_table(d), tables.op_table(d, _SLOWEST)):

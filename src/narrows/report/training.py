@@ -1,0 +1,96 @@
+"""Tables of a training plan: the best layouts, where the time of the best goes, what its memory holds, the Pareto front."""
+
+from narrows.report.tables import Cell, Table, columns, percent
+from narrows.search.train import Choice, TrainPlan
+from narrows.units import format_bytes, format_seconds
+
+# What each entry of the ledger is, and the limit whose colour it has.
+_CAUSES = {
+    "forward": ("forward pass", "compute"),
+    "backward": ("backward pass", "compute"),
+    "recompute": ("forward pass, redone", "compute"),
+    "ends": ("embedding, output and loss of one stage", "compute"),
+    "launch": ("waiting for the host's launches", "launch"),
+    "tensor": ("collectives of tensor parallelism", "communication"),
+    "context": ("exchange of keys and values", "communication"),
+    "expert": ("tokens to their experts and back", "communication"),
+    "pipeline": ("messages between stages", "communication"),
+    "gradients": ("gradients and weights between replicas", "communication"),
+    "bubble": ("waiting for other stages (bubble)", "scheduling"),
+    "optimizer": ("optimizer", "bandwidth"),
+    "offload": ("traffic to the host's memory", "storage"),
+    "host": ("fixed time of a step", "launch"),
+}
+
+
+def plan_sentence(p: TrainPlan) -> str:
+    """The answer, or that there is none."""
+    job = p.job
+    where = f"{job.graph.name}, {job.batch} x {job.sequence} tokens on {job.devices} {job.cluster.machine.name}"
+    if not p.best:
+        return f"{where}: no layout fits {format_bytes(job.capacity_bytes)} a device."
+    best = p.best[0]
+    low, high = best.interval
+    span = f"{format_seconds(low)} to {format_seconds(high)}"
+    return (
+        f"{where}: {format_seconds(best.seconds)} a step ({span}), {best.tokens_per_second:,.0f} tokens/s, "
+        f"{percent(best.mfu)} of peak, with {best.layout}"
+    )
+
+
+def effort_sentence(p: TrainPlan) -> str:
+    """How much was searched."""
+    return f"{p.evaluated:,} layouts priced in {format_seconds(p.seconds)}"
+
+
+def choice_table(title: str, found: tuple[Choice, ...]) -> Table:
+    """Layouts, one a row."""
+    rows = tuple(
+        (
+            Cell(str(c.layout)),
+            Cell(str(c.layout.devices), c.layout.devices),
+            Cell(format_seconds(c.seconds), c.seconds),
+            Cell(percent(c.mfu), c.mfu),
+            Cell(format_bytes(float(c.memory.total)), float(c.memory.total)),
+            Cell("" if c.joules is None else f"{c.joules / 3.6e6:.3g} kWh", c.joules),
+            Cell("" if c.dollars is None else f"${c.dollars:.3g}", c.dollars),
+        )
+        for c in found
+    )
+    heads = columns(
+        "layout:prose",
+        "devices:number:90",
+        "step:number",
+        "of peak:number",
+        "memory:number",
+        "energy:number:110",
+        "price:number:110",
+    )
+    return Table(title, heads, rows)
+
+
+def step_table(c: Choice) -> Table:
+    """Where the time of a step goes; the rows add up to it."""
+    rows = tuple(
+        (
+            Cell(_CAUSES[cause][0], tone=_CAUSES[cause][1]),
+            Cell(format_seconds(s), s),
+            Cell(percent(s / c.seconds), s),
+            Cell(share=s / c.seconds, tone=_CAUSES[cause][1]),
+        )
+        for cause, s in sorted(c.ledger.items(), key=lambda item: -item[1])
+        if s > 0
+    )
+    total = (Cell("a step"), Cell(format_seconds(c.seconds)), Cell("100 %"), Cell())
+    return Table("Where the time of the fastest goes", columns("cause", "time:number", "share:number", "of it:bar"), rows, total)
+
+
+def rank_table(c: Choice, capacity_bytes: float) -> Table:
+    """What the device that holds most holds."""
+    rows = tuple(
+        (Cell(name), Cell(format_bytes(float(held)), float(held)), Cell(share=min(1.0, float(held) / capacity_bytes)))
+        for name, held in c.memory.parts().items()
+        if held > 0
+    )
+    total = (Cell("in all"), Cell(format_bytes(float(c.memory.total))), Cell(percent(float(c.memory.total) / capacity_bytes)))
+    return Table("Memory of its fullest device", columns("held", "bytes:number", "of the device:bar"), rows, total)
