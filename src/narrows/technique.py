@@ -23,6 +23,9 @@ from narrows.step import Step
 if TYPE_CHECKING:
     import torch
 
+    from narrows.simulate.pipeline import Order, Work
+    from narrows.simulate.timeline import Timeline
+
 
 @dataclass(frozen=True, slots=True)
 class No:
@@ -208,6 +211,29 @@ class Measures(Technique):
         """What the analysis says of this graph on this machine."""
 
 
+class Schedules(Technique):
+    """An order in which the ranks of a pipeline do their work; it is simulated, and runtimes that take orders run it.
+
+    `Work` holds the seconds and bytes of each stage: measured ones, or those of `narrows.simulate.stages.cut`.
+    """
+
+    @abstractmethod
+    def check(self, work: "Work") -> Verdict:
+        """True, or No with the reason it does not apply to this work."""
+
+    def adapt(self, work: "Work") -> "Work":
+        """The work as it becomes: recomputed, split finer, spread more evenly. The same, unless the technique changes it."""
+        return work
+
+    @abstractmethod
+    def order(self, work: "Work") -> "Order":
+        """Which passes each rank runs, in turn; its `to_actions` gives it to `torch.distributed.pipelining`."""
+
+    def play(self, work: "Work") -> "Timeline":
+        """What runs when, with the bubble and the memory it takes."""
+        return self.order(work).play(self.adapt(work))
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """A candidate that was tried, with its score; infinite where it cannot run."""
@@ -284,7 +310,7 @@ def technique_class(module: Any, slug: str) -> type[Technique]:
 
 
 def face(found: type[Technique] | Described) -> str:
-    """What narrows can do with a paper: Rewrites, Trains, Measures, Searches, or Described."""
+    """What narrows can do with a paper: Rewrites, Trains, Measures, Schedules, Searches, or Described."""
     if isinstance(found, Described):
         return "Described"
     return next(base.__name__ for base in found.__mro__[1:] if base.__module__ == __name__)
