@@ -1,6 +1,7 @@
 """The cost model's laws: closed forms, exact ledgers, monotony, arrays equal to points."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 from narrows.backward import gradient_exchange, training
 from narrows.capture import bundled, capture
 from narrows.cost import CAUSES, cost, total
-from narrows.costmodel import op_time, tile_use
+from narrows.costmodel import achieved, op_time, tile_use, wired
 from narrows.diagnose import as_json, diagnose, seconds
 from narrows.footprint import footprint
-from narrows.graph import Graph, at
+from narrows.graph import FP16, Graph, Op, at
 from narrows.kinds import KINDS
 from narrows.machine import machine, machines
 from narrows.parallel import tensor_parallel
@@ -213,3 +214,16 @@ def test_op_time_of_a_checkpoint_is_nothing() -> None:
 
     op = checkpoint_op("c", 100, capture("gpt2").ops[1], 4)
     assert op_time(op, Step.train(1, 8), H100).seconds == 0
+
+
+def test_peers_over_the_host_have_constants_of_their_own() -> None:
+    """A card without NVLink sends through the host at a smaller share of the link; what a machine says of itself comes first."""
+    l40s = machine("l40s")
+    assert (wired(H100), wired(l40s)) == ("link", "pcie")
+    own = replace(l40s, efficiency={"link": {"median": 0.9, "low": 0.9, "high": 0.9}})
+    op = Op("sum", "all_reduce", {"elements": 2**28, "ranks": 4}, act=FP16)
+    through, direct = (float(op_time(op, Step.forward(1, 1), m, eager=True).seconds) for m in (l40s, own))
+    assert wired(own) == "link"
+    assert through > 2 * direct
+    sent = 2 * 2**28 * 2 * 3 / 4
+    assert through == pytest.approx(sent / (achieved(l40s, "pcie").median * 31.5e9), rel=0.05)

@@ -9,23 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from narrows import validate
 from narrows.capture import capture
 from narrows.cli import cli
-from narrows.costmodel import achieved, aligned, fitted, generation, op_time
+from narrows.costmodel import achieved, fitted, generation, op_time
 from narrows.diagnose import diagnose
 from narrows.errors import NarrowsError
 from narrows.graph import FP16, Op
 from narrows.machine import machine, machines
 from narrows.measured.table import Forecast, fingerprint, half, hardware, model
 from narrows.simulate.closed_loop import Layout, closed_loop, engines, one_batch, preset
-from narrows.simulate.training import Fabric, Shape, Split, step_seconds
 from narrows.step import Step
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 H100, A100 = machine("h100-sxm"), machine("a100-80gb")
-DGX = Fabric(8, 25e9)
 
 KERNEL = {
     "source": "t",
@@ -132,6 +132,7 @@ def test_every_schema_is_judged(kind: str, tmp_path: Path) -> None:
         ("training", {"hardware": "unknown"}, "hardware"),
         ("training", {"tp": "two"}, "tp"),
         ("training", {"seq": ""}, "seq"),
+        ("training", {"value": "1_000"}, "value"),
         ("training", {"recompute": "some"}, "recompute"),
         ("serving", {"silicon_ttft_ms": "-3"}, "silicon_ttft_ms"),
         ("serving", {"system": "z9"}, "system"),
@@ -155,7 +156,7 @@ def test_a_wrong_row_is_named_and_the_others_are_judged(kind: str, change: dict[
     ("kind", "change", "word"),
     [
         ("kernel", {"model": "fft shape=12", "metric": "latency"}, "operator"),
-        ("training", {"metric": "peak_memory", "unit": "GB"}, "metric"),
+        ("training", {"metric": "bubble_rate", "unit": "fraction"}, "metric"),
         ("training", {"model": "Mystery", "params": "", "note": ""}, "shape"),
         ("serving", {"model_path": "nobody/nothing-1b"}, "model"),
         ("batch", {"batch_size": "640", "tensor_parallel": "2"}, "fit"),
@@ -270,44 +271,9 @@ def test_a_batch_on_an_eager_engine_is_bound_by_its_host() -> None:
     assert 2.5 < there / here < 3.1
 
 
-SHAPE = Shape(4096, 32, 32)
-
-
-def spent(split: Split, shape: Shape = SHAPE) -> dict[str, float]:
-    return step_seconds(shape, A100, DGX, split, 2048)
-
-
-def test_the_bubble_is_stages_less_one_over_microbatches() -> None:
-    found = spent(Split(1, 4, 1, 1, 16))
-    stage = found["bubble"] / 3
-    assert found["compute"] > 16 * stage
-    assert spent(Split(1, 4, 1, 1, 16, chunks=2))["bubble"] == pytest.approx(found["bubble"] / 2)
-    assert spent(Split(1, 4, 1, 1, 16, bubble=0.0))["bubble"] == 0
-    assert spent(Split(1, 1, 1, 1, 16))["bubble"] == spent(Split(1, 1, 1, 1, 16))["pipeline"] == 0
-
-
-def test_recomputing_costs_a_forward_and_more_devices_cost_an_exchange() -> None:
-    kinds = [sum(spent(Split(microbatches=8, recompute=r)).values()) for r in ("none", "selective", "full")]
-    assert kinds == sorted(kinds)
-    assert 1.15 < kinds[2] / kinds[0] < 1.45
-    assert spent(Split(data=8, microbatches=8))["gradients"] > spent(Split(microbatches=8))["gradients"] == 0
-    assert spent(Split(tensor=8))["compute"] > spent(Split(tensor=1))["compute"] / 8
-    with pytest.raises(NarrowsError, match="heads"):
-        spent(Split(), Shape(4096, 32, 30))
-
-
-def test_a_head_of_108_is_slower_than_one_of_216() -> None:
-    wide, odd = (
-        sum(spent(Split(8, 6, 8, 4, 64, recompute="full"), Shape(13824, 78, h, fused=False)).values()) for h in (64, 128)
-    )
-    assert 1.15 < odd / wide < 1.6  # measured: 162.7 s against 121.3 s at equal FLOP
-    assert aligned(A100, 108) < aligned(A100, 112) == 1.0
-    assert aligned(machine("xeon-amx"), 108) == 1.0
-
-
 def test_every_constant_has_a_provenance_and_an_order() -> None:
     for table, entries in fitted().items():
-        if table == "generations":
+        if table in ("generations", "seen"):
             continue
         for name, entry in entries.items():
             assert entry["low"] <= entry["median"] <= entry["high"], (table, name)
@@ -331,18 +297,144 @@ def test_a_calibrated_constant_comes_first_and_the_domain_is_said() -> None:
 
 
 def test_intervals_hold_the_prediction_and_widen_outside() -> None:
-    inside = Forecast("x", 1.0, 2.0, "tpot-vllm", 1.0)
-    low, high = validate.interval(inside)
-    wider = validate.interval(replace(inside, inside=False))
-    assert wider[0] <= low <= 2.0 <= high <= wider[1]
-    assert validate.interval(replace(inside, key="never-seen"))[0] < 2.0
+    place = fitted()["seen"]["prompt"][0]
+    inside = Forecast("x", 1.0, 2.0, "prompt", 1.0, place)
+    outside = replace(inside, place="a machine of tomorrow")
+    assert inside.inside and not outside.inside
+    (low, high), (lowest, highest) = validate.interval(inside), validate.interval(outside)
+    assert low <= 2.0 <= high and lowest <= 2.0 <= highest
+    assert high / low < highest / lowest
+    assert validate.interval(replace(inside, key="never-seen")) == (1.0, 4.0)
 
 
 def test_rank_and_regret() -> None:
-    found = [Forecast("x", m, p, "k", 1.0, "job") for m, p in ((1.0, 3.0), (2.0, 1.0), (4.0, 5.0))]
+    found = [Forecast("x", m, p, "k", 1.0, "here", "job") for m, p in ((1.0, 3.0), (2.0, 1.0), (4.0, 5.0))]
     assert validate._regret(found) == 1.0  # takes the second, which measured twice the first
     assert validate._spearman(np.array([1.0, 2, 3]), np.array([10.0, 20, 30])) == pytest.approx(1.0)
     assert validate._spearman(np.array([1.0, 1.0]), np.array([1.0, 2.0])) is None
+
+
+def forecast_of(kind: str, **change: str) -> list[float]:
+    """The predictions of a row of a kind with some cells changed."""
+    table = validate.table_of(ROWS[kind])
+    assert table is not None
+    return [f.predicted for f in table.forecast({**ROWS[kind], **change})]
+
+
+@pytest.mark.parametrize("name", machines())
+def test_every_machine_is_forecast_or_refused_with_a_reason(name: str) -> None:
+    for kind, column in (("kernel", "hardware"), ("training", "hardware"), ("serving", "system"), ("batch", "hardware")):
+        try:
+            found = forecast_of(kind, **{column: name})
+        except NarrowsError as error:
+            refused = error
+            found = [1.0] if refused.where and refused.remedy else []
+        assert found and all(np.isfinite(found)) and min(found) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("kernel", [{"hardware": "NVIDIA A100-SXM4-80GB"}, {"hardware": "a100_sxm"}, {"hardware": " A100  80GB SXM "}]),
+        ("kernel", [{"dtype": "torch.float16"}, {"dtype": "HALF"}, {"dtype": "bfloat16"}]),
+        ("kernel", [{"unit": "us", "value": "6e2"}, {"unit": "µs", "value": "600"}, {"unit": "msec"}, {"n_devices": ""}]),
+        ("kernel", [{"unit": "TFLOPS", "metric": "throughput"}, {"unit": "TFLOP/s", "metric": "throughput"}]),
+        ("kernel", [{"model": "gemm m=4096, n=4096, k=4096"}, {"model": "matmul M = 4096 N = 4096 K = 4096"}]),
+        ("training", [{"recompute": "Full"}, {"recompute": "yes"}, {"hardware": "NVIDIA A100-SXM4-80GB"}, {"dp": ""}]),
+        ("training", [{"metric": "tokens_per_s", "unit": "tokens/sec"}, {"metric": "MFU", "unit": "fraction", "value": "0.4"}]),
+        ("training", [{"tp": ""}, {"tp": "4.0"}, {"n_devices": "6.4e1"}, {"unit": "seconds"}, {"unit": "min", "value": ".15"}]),
+        ("serving", [{"system": "NVIDIA H200"}, {"backend": "vLLM"}, {"mode": "AGG"}, {"gemm_quant_mode": "fp8_block"}]),
+        ("serving", [{"model_path": "nvidia/Llama-3.1-70B-Instruct-FP8"}, {"model_path": "x/Llama-3.3-70B-FP8-dynamic"}]),
+        ("batch", [{"hardware": "H100 SXM5 80GB"}, {"hardware": "NVIDIA H100 80GB HBM3"}, {"model": "m/Llama-2-70b-chat-hf"}]),
+    ],
+)  # fmt: skip
+def test_other_spellings_say_the_same(kind: str, changes: list[dict[str, str]]) -> None:
+    plain = forecast_of(kind)
+    for change in changes:
+        found = forecast_of(kind, **change)
+        if change.get("unit") in ("TFLOPS", "TFLOP/s"):
+            found = [2 * 4096**3 / rate for rate in found]
+        assert found == pytest.approx(plain), change
+
+
+def test_an_engine_by_its_other_name_and_only_its_own_versions() -> None:
+    assert forecast_of("serving", backend="TensorRT-LLM") == forecast_of("serving", backend="trtllm")
+    assert preset("sglang-0.5.10") == "sglang"
+
+
+def test_formats_that_differ_are_told_apart() -> None:
+    """fp32 moves twice the bytes of bf16; a 4-bit product on a machine without 4-bit units computes in 16 bits."""
+    tokens = {"model": "Llama-2-7B", "phase": "decode", "output": "100", "metric": "tokens_per_s", "unit": "tok/s"}
+    (wide,), (plain,) = (forecast_of("kernel", **tokens, dtype=d) for d in ("fp32", "bf16"))
+    assert 1.7 < plain / wide < 2.3
+    assert forecast_of("kernel", dtype="int4-g128") == pytest.approx(forecast_of("kernel"), rel=0.05)
+
+
+def test_tables_are_read_in_any_order_and_dialect(tmp_path: Path) -> None:
+    columns = [c for c in reversed(TRAINING) if c not in ("source", "params", "note", "cp_or_ep", "precision")]
+    header = ",".join(f" {c.title()}" if c != "value" else "value,comment" for c in columns)
+    cells = ",".join(f'"{TRAINING[c]}"' + (',"a, b"' if c == "value" else "") for c in columns)
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf" + f"{header}\r\n{cells}\r\n".encode())
+    (tmp_path / "broken.csv").write_bytes(b"\xff\xfe\x00")
+    report = validate.validate(tmp_path)
+    assert [(s.name, s.rows, s.covered) for s in report.scores] == [("training-other", 1, 1)]
+    (error,) = report.errors
+    assert "broken.csv" in error
+
+
+def test_a_short_row_is_named_with_its_first_missing_column(tmp_path: Path) -> None:
+    judged(tmp_path, KERNEL)
+    with (tmp_path / "rows.csv").open("a") as file:
+        file.write("t,GEMM M=1 N=1 K=1,A100\r\n")
+    report = validate.validate(tmp_path)
+    (error,) = report.errors
+    assert "row 3: n_devices" in error
+    assert report.scores[0].covered == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "column"),
+    [
+        ({"n_devices": "64", "dp": "4"}, "n_devices"),
+        ({"model": "ResNet-50", "params": "2.5e7"}, "model"),
+        ({"model": "GPT-205B", "params": "", "tp": "", "pp": "", "dp": ""}, "tp"),
+        ({"precision": "fp32"}, "precision"),
+    ],
+)
+def test_a_training_row_that_contradicts_itself_is_not_guessed_at(change: dict[str, str], column: str) -> None:
+    with pytest.raises(NarrowsError) as error:
+        forecast_of("training", **change)
+    assert error.value.where == column
+
+
+def test_what_a_layout_leaves_out_follows_from_its_devices() -> None:
+    left_out = forecast_of("training", tp="", note="hidden 4096; layers 32; heads 32")
+    assert left_out == forecast_of("training", note="hidden 4096; layers 32; heads 32")
+    assert forecast_of("training", model="GPT-6.7B", params="") == pytest.approx(
+        forecast_of("training", model="GPT", params="6.7e9")
+    )
+
+
+def test_a_model_that_does_not_fit_is_said_so() -> None:
+    with pytest.raises(NarrowsError, match="GB of t4's memory"):
+        forecast_of("serving", system="t4")
+
+
+COUNTS = st.integers(0, 17).map(lambda n: str(2**n))
+
+
+@given(
+    isl=COUNTS, osl=COUNTS, concurrency=COUNTS, tp=st.sampled_from("1248"), backend=st.sampled_from(("trtllm", "vllm", "sglang"))
+)
+@settings(max_examples=40, deadline=None)
+def test_any_load_is_forecast_above_the_roofline(isl: str, osl: str, concurrency: str, tp: str, backend: str) -> None:
+    row = {**SERVING, "isl": isl, "osl": osl, "concurrency": concurrency, "tp_size": tp, "backend": backend}
+    try:
+        first, each = (t for t in validate.TABLES[1].forecast(row))
+    except NarrowsError:
+        return
+    assert first.bound * 0.9 < first.predicted < np.inf
+    assert each.bound * 0.9 < each.predicted < np.inf
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the measurements are not beside the repository")
@@ -362,6 +454,7 @@ def test_held_rows_meet_the_targets() -> None:
         "gemm",
         "attention",
         "pointwise",
+        "collectives",
         "decode",
     ):
         score, target = scores[name], scores[name].target
@@ -371,3 +464,5 @@ def test_held_rows_meet_the_targets() -> None:
     assert scores["serving-tpot"].covered == scores["serving-tpot"].rows
     for score in report.scores:
         assert score.rows == score.covered + sum(score.reasons.values()), score.name
+        if score.covered >= 200:  # of fewer rows, which are fewer runs, chance decides
+            assert score.coverage80 is not None and 0.75 <= score.coverage80 <= 0.85, (score.name, score.coverage80)

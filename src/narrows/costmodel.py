@@ -4,6 +4,7 @@ The constants lie in `data/efficiency.toml`; `bench/fit_efficiency.py` fits them
 and `narrows validate` reports the error on the other. A machine's own calibrated `efficiency` comes before them.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ class Achieved:
     says in words where it was found.
     """
 
-    median: float
-    low: float
-    high: float
+    median: Any
+    low: Any
+    high: Any
     rows: int = 0
     source: str = "nothing known: taken as 1"
 
@@ -53,6 +54,7 @@ def generation(name: str) -> str:
 
 
 _known: dict[tuple[Any, ...], Achieved] = {}
+_curves: dict[tuple[Any, ...], Any] = {}
 
 
 def forget() -> None:
@@ -84,6 +86,35 @@ def _find(own: Mapping[str, Any], name: str, kind: str, what: str) -> Achieved:
                 said = "given with this machine" if place == "own" else f"{place}: {basis}"
                 return Achieved(found["median"], found["low"], found["high"], rows, said)
     return Achieved(1.0, 1.0, 1.0)
+
+
+def achieved_at(machine: Machine, what: str, size: Amount) -> Achieved:
+    """`achieved`, where the machine's own calibration knows it at several sizes: `matmul-bf16-at32` is a product of 32 rows.
+
+    Between those sizes it is read off on logarithmic scales, beyond them it stays as it is at the last.
+    """
+    key = (machine.efficiency, what)
+    if key not in _curves:
+        _curves[key] = _points(machine.efficiency, what)
+    if _curves[key] is None:
+        return achieved(machine, what)
+    sizes, curves = _curves[key]
+    place = np.log(np.maximum(size, 1.0))
+    median, low, high = (np.exp(np.interp(place, sizes, curve)) for curve in curves)
+    return Achieved(median, low, high, 1, "given with this machine")
+
+
+def _points(own: Mapping[str, Any], what: str) -> Any:
+    """The logarithms of (sizes, [median, low, high]) known for the first of the fallbacks of `what` that the machine has."""
+    parts = what.split("-")
+    for count in range(len(parts), 0, -1):
+        name = "-".join(parts[:count])
+        found = sorted((float(key[len(name) + 3 :]), own[key]) for key in own if re.fullmatch(f"{name}-at[0-9]+", key))
+        if found:
+            return np.log([size for size, _ in found]), np.log([[e[q] for _, e in found] for q in ("median", "low", "high")])
+        if name in own:
+            return None
+    return None
 
 
 def tile_use(rows: Any, outputs: Any, matrices: Any, machine: Machine) -> Any:
@@ -134,12 +165,13 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
     A kernel is bound by its arithmetic, its memory traffic or its link, whichever takes longest, and the two
     others hide behind it. On top comes the fixed time of a kernel; in eager mode the device waits whenever the
     host needs longer to launch than the device to compute. The interval comes from the spread of the fitted
-    constants (`achieved`), taken as fully correlated between ops, which is the cautious reading.
+    constants (`achieved`), taken as fully correlated between ops, which is the cautious reading. A calibration that
+    timed whole steps as well knows how far its predictions of them were off (`step`): then that is the interval.
     """
     if op.kind == "checkpoint":
         return OpTime({}, 0.0, 0.0)
     work, dims = cost(op, step, eager), op.sized(step)
-    compute, memory, link = constants(op, machine)
+    compute, memory, link = constants(op, machine, dims, work)
     ideal = work.flop / peak(op, machine)
     used = useful(op, dims, machine)
     traffic = {
@@ -172,10 +204,15 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
         "communication": body * (1.0 - is_compute - is_memory),
         "launch": whole - body,
     }
+    if "step" in machine.efficiency:
+        off = machine.efficiency["step"]
+        low, high = whole * min(off["low"], 1.0), whole * max(off["high"], 1.0)
+    else:
+        low, high = at(compute.high, memory.high, link.high)[3], at(compute.low, memory.low, link.low)[3]
     return OpTime(
         {k: v for k, v in causes.items() if np.any(v)},
-        at(compute.high, memory.high, link.high)[3],
-        at(compute.low, memory.low, link.low)[3],
+        low,
+        high,
         bool((link if op.kind in COLLECTIVES else compute if np.all(is_compute) else memory).rows),
     )
 
@@ -185,32 +222,66 @@ def peak(op: Op, machine: Machine) -> float:
     return machine.peak(op.compute or op.act.name) if op.spec.matmul else machine.peak("fp32")
 
 
-def constants(op: Op, machine: Machine) -> tuple[Achieved, Achieved, Achieved]:
+def constants(op: Op, machine: Machine, dims: Mapping[str, Any], work: Cost) -> tuple[Achieved, Achieved, Achieved]:
     """What an op's class of kernel reaches of the peak in arithmetic, of the memory's bandwidth and of the link's."""
-    weight = f"-{_name(op.weight or op.act)}-{_name(op.act)}"
-    return achieved(machine, _class(op) + weight), achieved(machine, _stream(op, weight)), achieved(machine, "link")
+    formats = f"-{_name(op.weight or op.act)}-{_name(op.act)}"
+    return (
+        achieved_at(machine, _class(op) + formats, _rows(op, dims)),
+        achieved_at(machine, _stream(op, formats), _bytes_at_once(op, work)),
+        achieved(machine, wired(machine)),
+    )
+
+
+def wired(machine: Machine) -> str:
+    """Whose constants count on the way to the machine's peers: `pcie` (through the host), `ethernet` (TCP), or `link`."""
+    wire = machine.link or machine.host_link
+    return wire.name if wire and wire.name in ("pcie", "ethernet") and "link" not in machine.efficiency else "link"
 
 
 def _class(op: Op) -> str:
     if op.kind in ATTENTION:
         return "attention"
     if op.kind == "conv":
-        return "matmul-conv"  # falls back to matmul where no convolution was measured
+        return "matmul-conv-depthwise" if _depthwise(op) else "matmul-conv"  # both fall back to matmul
     return "matmul" if op.spec.matmul else "vector"
+
+
+def _depthwise(op: Op) -> bool:
+    """Whether it is a convolution of each channel by itself."""
+    return bool(op["groups"] == op["in_channels"] != 1)
+
+
+def _rows(op: Op, dims: Mapping[str, Any]) -> Any:
+    """The size that a class of kernel's speed depends on: the rows of a matrix, or the keys that a query meets."""
+    if op.kind in ATTENTION:
+        return dims["pairs"] / np.maximum(dims["queries"], 1.0)
+    if op.kind == "expert":
+        return dims["rows"] * dims["top_k"] / np.maximum(op.spec.touched(dims) * dims["experts"], 1.0)
+    return dims["rows"] / dims["matrices"] if op.kind in ("linear", "matmul") else 1.0
+
+
+def _bytes_at_once(op: Op, work: Cost) -> Any:
+    """The bytes that one kernel streams: of its matrix where it has one, else of its result."""
+    if op.weight and op.spec.matmul:
+        return op.stored_bytes
+    return work.write_bytes / (op.repeat * max(op.kernels, 1))
 
 
 def _name(dtype: DType) -> str:
     return "bf16" if dtype == FP16 else dtype.name  # the same kernels
 
 
-def _stream(op: Op, weight: str) -> str:
+def _stream(op: Op, formats: str) -> str:
     """Which kernel's share of the memory bandwidth counts: weights are streamed, norms and pointwise ops have their own."""
+    if op.kind == "conv":
+        return f"memory{formats}-{'depthwise' if _depthwise(op) else 'conv'}"
     if op.spec.matmul or op.kind == "embedding":
-        return "memory" + weight if op.weight else "memory"
+        return "memory" + formats if op.weight else "memory"
     if op.kind != "norm":
-        return "memory-pointwise"
+        return "memory-pointwise" + formats
     width = op["width"]
-    return "memory-norm-wide" if not isinstance(width, Size) and width > WIDE else "memory-norm"
+    wide = "-wide" if not isinstance(width, Size) and width > WIDE else ""
+    return f"memory-norm{wide}-{_name(op.act)}"
 
 
 def aligned(machine: Machine, *sizes: Any) -> Any:
@@ -238,7 +309,7 @@ def useful(op: Op, dims: dict[str, Any], machine: Machine) -> Any:
         touched = np.maximum(op.spec.touched(dims) * dims["experts"], 1.0)
         return tile_use(dims["rows"] * dims["top_k"] / touched, dims["outputs"], touched, machine)
     if op.kind == "conv":
-        if dims["groups"] > 1 and dims["in_channels"] == dims["groups"]:
+        if _depthwise(op):
             return np.minimum(1.0, 1.0 / 8)  # depthwise: one input channel an output, the matrix units hold eight or more
         return tile_use(dims["positions"], dims["out_channels"] / dims["groups"], dims["groups"], machine)
     if op.kind == "attention":
@@ -269,7 +340,7 @@ def _launch(work: Cost, machine: Machine, eager: bool) -> tuple[Any, Any]:
 
 
 # messages one after another in a ring of `ranks`; small messages of an all-reduce go up and down a tree instead
-_HOPS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
+HOPS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
 
 
 def _wire(op: Op, dims: dict[str, Any], work: Cost, machine: Machine, eager: bool) -> tuple[Any, Any]:
@@ -282,10 +353,10 @@ def _wire(op: Op, dims: dict[str, Any], work: Cost, machine: Machine, eager: boo
     wire = machine.link or machine.host_link
     if op.kind not in COLLECTIVES or wire is None:
         return 0.0 * work.flop, 0.0
-    base, hop, ramp, once = (achieved(machine, f"link_{name}").median for name in ("base", "hop", "ramp", "one_shot"))
+    base, hop, ramp = (achieved(machine, f"{wired(machine)}_{name}").median for name in ("base", "hop", "ramp"))
     each = work.link_bytes / op.repeat
     extra = each * ramp / (each + ramp)
-    follow: Any = base + hop * (_HOPS[op.kind] * (dims["ranks"] - 1) if op.kind in _HOPS else 1.0)
+    follow: Any = base + hop * (HOPS[op.kind] * (dims["ranks"] - 1) if op.kind in HOPS else 1.0)
     if op.kind == "all_reduce" and not eager:
-        follow = np.where(each < ONE_SHOT, np.minimum(once, follow), follow)[()]
+        follow = np.where(each < ONE_SHOT, np.minimum(achieved(machine, "link_one_shot").median, follow), follow)[()]
     return (each + extra) * op.repeat / wire.bandwidth_bytes_per_s, follow * wire.latency_seconds * op.repeat

@@ -274,7 +274,7 @@ def _explained(entry: OpDiagnosis, d: Diagnosis) -> str:
         "memory": (moved, machine.memory.bandwidth_bytes_per_s, "B"),
         "link": (float(work.link_bytes), wire.bandwidth_bytes_per_s if wire else 1.0, "B"),
     }
-    for (what, (amount, rate, unit)), reached in zip(rates.items(), constants(op, machine), strict=True):
+    for (what, (amount, rate, unit)), reached in zip(rates.items(), constants(op, machine, op.sized(d.step), work), strict=True):
         if amount:
             shown = format_flop(amount) if unit == "FLOP" else format_bytes(amount)
             lines.append((what, f"{shown} / {format_rate(rate, unit)} = {format_seconds(amount / rate)} at the datasheet's peak"))

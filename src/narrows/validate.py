@@ -18,7 +18,7 @@ import numpy as np
 from narrows.costmodel import fitted
 from narrows.errors import NarrowsError, closest
 from narrows.figures import write
-from narrows.measured import kernels, serving, training
+from narrows.measured import kernels, recorded, serving, training
 from narrows.measured.table import Forecast, NotCovered, Row, fingerprint, read
 from narrows.progress import Tell, silent
 
@@ -35,6 +35,8 @@ PEERS: dict[str, tuple[float, str]] = {
     "serving-ttft": (0.57, "AIConfigurator, on the 52 % of rows that it covers"),
     "splitwise-prompt": (0.67, "GenZ"),
     "splitwise-token": (0.61, "GenZ"),
+    "recorded-vllm-tpot": (0.017, "LLMServingSim, with profiles of the same device"),
+    "recorded-vllm-ttft": (0.136, "LLMServingSim, with profiles of the same device"),
 }
 TARGETS: dict[str, float] = {
     "training-sc21": 0.06,
@@ -51,24 +53,39 @@ TARGETS: dict[str, float] = {
     "pointwise": 0.15,
     "collectives": 0.15,
     "decode": 0.15,
+    "recorded-vllm-tpot": 0.05,
+    "recorded-vllm-ttft": 0.10,
+    "recorded-vllm-tpot-own-blocks": 0.05,
+    "recorded-vllm-ttft-own-blocks": 0.20,
 }
 
 
 @dataclass(frozen=True)
 class Table:
-    """A kind of CSV file: its columns, the forecast of a row, and the sets that a row is counted in."""
+    """A kind of CSV file: its columns, those that may be missing, the forecast of a row, and the sets that it is counted in."""
 
     name: str
     columns: tuple[str, ...]
+    optional: tuple[str, ...]
     forecast: Callable[[Row], list[Forecast]]
     sets: Callable[[Row], tuple[str, ...]]
 
+    @property
+    def required(self) -> set[str]:
+        return set(self.columns) - set(self.optional)
+
 
 TABLES = (
-    Table("training", training.COLUMNS, training.forecast, training.sets),
-    Table("closed loop", serving.CLOSED_LOOP, serving.closed, lambda row: ("serving-ttft", "serving-tpot")),
-    Table("one batch", serving.ONE_BATCH, serving.batch, lambda row: ("splitwise-prompt", "splitwise-token")),
-    Table("kernels", kernels.COLUMNS, kernels.forecast, kernels.sets),
+    Table("training", training.COLUMNS, training.OPTIONAL, training.forecast, training.sets),
+    Table(
+        "closed loop",
+        serving.CLOSED_LOOP,
+        serving.OPTIONAL,
+        serving.closed,
+        lambda row: ("serving-ttft", "serving-tpot"),
+    ),
+    Table("one batch", serving.ONE_BATCH, (), serving.batch, lambda row: ("splitwise-prompt", "splitwise-token")),
+    Table("kernels", kernels.COLUMNS, kernels.OPTIONAL, kernels.forecast, kernels.sets),
 )
 
 
@@ -125,9 +142,9 @@ def _fitted_rows() -> frozenset[str]:
 
 
 def table_of(columns: Iterable[str]) -> Table | None:
-    """Which kind of table has most of these columns; None if none has more than half of its own among them."""
+    """Which kind of table has most of these columns; None if none has more than half of those it needs among them."""
     there = set(columns)
-    share = {table.name: len(there & set(table.columns)) / len(table.columns) for table in TABLES}
+    share = {t.name: len(there & t.required) / len(t.required) + len(there & set(t.columns)) / 1000 for t in TABLES}
     best = max(TABLES, key=lambda table: share[table.name])
     return best if share[best.name] > 0.5 else None
 
@@ -142,20 +159,13 @@ def forecasts(row: Row) -> list[Forecast]:
 
 
 def interval(forecast: Forecast) -> tuple[float, float]:
-    """The 80 % interval of a forecast, by the residuals of its kind among the fitted rows.
+    """The 80 % interval of a forecast, by the residuals of its key among rows that a fit had not seen (`bench/fit_groups.py`).
 
-    A kind without residuals of its own takes the widest of its family (`training-...`). Outside of the validated domain
-    the interval is half as wide again, on the logarithmic scale: an assumption, which validation there would replace.
+    Outside of the validated domain it comes from predictions without the constants of the generation, or engine, at hand.
     """
-    known = fitted().get("residuals", {})
-    family = (
-        [known[forecast.key]]
-        if forecast.key in known
-        else [e for k, e in known.items() if k.split("-")[0] == forecast.key.split("-")[0]]
-    )
-    low, high = min((e["low"] for e in family), default=0.5), max((e["high"] for e in family), default=2.0)
-    wide = 1.0 if forecast.inside else 1.5
-    return forecast.predicted * min(low, 1.0) ** wide, forecast.predicted * max(high, 1.0) ** wide
+    table, name = ("residuals", forecast.key) if forecast.inside else ("elsewhere", forecast.key.split("-")[0])
+    entry = fitted()[table].get(name, {"low": 0.5, "high": 2.0})
+    return forecast.predicted * min(entry["low"], 1.0), forecast.predicted * max(entry["high"], 1.0)
 
 
 def validate(data: Path, only: str = "", tell: Tell = silent) -> Report:
@@ -163,8 +173,9 @@ def validate(data: Path, only: str = "", tell: Tell = silent) -> Report:
 
     Raises NarrowsError where there is no such file or set. Rows that are wrong are in the report.
     """
-    places = sorted(data.glob("*.csv")) if data.is_dir() else [data]
-    if not places or not all(p.is_file() for p in places):
+    runs = recorded.runs(data)
+    places = sorted(data.glob("*.csv")) if data.is_dir() else [p for p in (data,) if p not in runs]
+    if not (places or runs) or not all(p.is_file() for p in places):
         raise NarrowsError(
             "there is no CSV file.", where=str(data), remedy="Give a folder of measurements, or one file, with --data."
         )
@@ -173,19 +184,26 @@ def validate(data: Path, only: str = "", tell: Tell = silent) -> Report:
     ignored: list[str] = []
     for at, path in enumerate(places):
         tell(path.name, at, len(places))
-        rows = read(path)
+        try:
+            rows = read(path)
+        except NarrowsError as error:
+            errors.append(str(error))
+            continue
         table = table_of(rows[0]) if rows else None
         if table is None:
             ignored.append(
                 f"{path.name}: not a table of {', '.join(t.name for t in TABLES)}." if rows else f"{path.name}: it has no rows."
             )
             continue
-        missing = [c for c in table.columns if c not in rows[0]]
+        missing = [c for c in table.columns if c in table.required and c not in rows[0]]
         if missing:
             lost = f"Add the columns; none of its {len(rows)} rows is judged."
             errors.append(f"{path.name}: row 1: {', '.join(missing)}: missing from a table of {table.name}. {lost}")
         for number, row in enumerate(rows, 2):
-            _judge(table, row, f"{path.name}: row {number}", bool(missing), sets, errors)
+            whole = dict.fromkeys((*table.columns, *table.optional), "") | dict(row)
+            _judge(table, whole, f"{path.name}: row {number}", bool(missing), sets, errors)
+    for path in runs:
+        _judge_run(path, sets, errors)
     names = [name for name in sorted(sets) if name.startswith(only)]
     if only and not names:
         raise NarrowsError(f"there are no rows of a set {only!r}.", where="--set", remedy=closest(only, sorted(sets)))
@@ -207,14 +225,32 @@ def _judge(table: Table, row: Row, where: str, broken: bool, sets: dict[str, _Se
     try:
         if broken:
             raise NotCovered("a column is missing.", where="header")
-        if None in row or any(v is None for v in row.values()):
-            raise NarrowsError("it has more or fewer cells than the header.", where="row", remedy="Check its commas and quotes.")
+        short = next((column for column, cell in row.items() if cell is None), "")
+        if short or None in row:
+            problem = f"it has {'fewer' if short else 'more'} cells than the header."
+            raise NarrowsError(problem, where=short or "row", remedy="Check its commas and quotes.")
         for forecast in table.forecast(row):
             sets.setdefault(forecast.name, _Set()).found.append((where, forecast))
     except NarrowsError as error:
         if not isinstance(error, NotCovered):
             errors.append(str(error.inside(where)))
         for one in ours:
+            reason = f"{error.where}: {error.problem}"
+            one.reasons[reason] = one.reasons.get(reason, 0) + 1
+
+
+def _judge_run(path: Path, sets: dict[str, _Set], errors: list[str]) -> None:
+    try:
+        for where, forecast in recorded.forecasts(path):
+            one = sets.setdefault(forecast.name, _Set())
+            one.rows += 1
+            one.found.append((where, forecast))
+    except NarrowsError as error:
+        if not isinstance(error, NotCovered):
+            errors.append(str(error.inside(path.name)))
+        for name in recorded.SETS:
+            one = sets.setdefault(name, _Set())
+            one.rows += 1
             reason = f"{error.where}: {error.problem}"
             one.reasons[reason] = one.reasons.get(reason, 0) + 1
 

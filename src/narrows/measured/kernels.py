@@ -6,44 +6,56 @@ from dataclasses import replace
 from functools import lru_cache
 
 from narrows.cost import cost
-from narrows.costmodel import achieved, op_time
+from narrows.costmodel import achieved, op_time, wired
 from narrows.diagnose import seconds as step_seconds
 from narrows.errors import NarrowsError
-from narrows.graph import BF16, DTYPES, FP16, DType, Graph, Op
+from narrows.graph import BF16, DTYPES, FP8, FP16, DType, Graph, Op
+from narrows.kinds import COLLECTIVES
 from narrows.machine import Link, Machine
-from narrows.measured.table import Forecast, NotCovered, Row, count, graph_of, hardware, model, rate, seconds
+from narrows.measured.table import (
+    UNITS,
+    Forecast,
+    NotCovered,
+    Row,
+    count,
+    graph_of,
+    hardware,
+    model,
+    network_bytes_per_s,
+    rate,
+    seconds,
+    unit,
+)
 from narrows.step import Step
 
 COLUMNS = ("model", "hardware", "n_devices", "dtype", "phase", "batch", "prompt", "output", "metric", "value", "unit")
+OPTIONAL = ("n_devices", "batch", "prompt", "output", "note")
 FORMATS: dict[str, DType] = {
     **DTYPES,
-    "half": FP16,
-    "float": DTYPES["fp32"],
-    "float16": FP16,
-    "float32": DTYPES["fp32"],
-    "bfloat16": BF16,
-    "int4-g32": DType("int4", 4, 32, 16, 16),
-    "int8": DType("int8", 8, 0, 16),
+    **dict.fromkeys(("float16", "half", "f16"), FP16),
+    **dict.fromkeys(("bfloat16", "default"), BF16),
+    **dict.fromkeys(("float32", "float", "f32"), DTYPES["fp32"]),
+    **dict.fromkeys(("e4m3", "e5m2", "fp8-block", "fp8-e4m3", "fp8-e5m2", "float8", "w8a8-fp8"), FP8),
+    **dict.fromkeys(("int8", "w8a8", "w8a16", "int8-wo"), DType("int8", 8, 0, 16)),
+    **dict.fromkeys(("nvfp4", "mxfp4"), DTYPES["fp4"]),
+    **dict.fromkeys(("int4-wo", "w4a16", "w4afp8", "awq", "gptq"), DTYPES["int4"]),
 }
 ONE = Step.forward(1, 1)
-_KINDS = {
-    "all_gather": "all_gather",
-    "all_reduce": "all_reduce",
-    "reduce_scatter": "reduce_scatter",
-    "alltoall": "all_to_all",
-    "all_to_all": "all_to_all",
-    "sendrecv": "send",
-    "send": "send",
-}
-_SIZES = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
+_KINDS = {kind.replace("_", ""): kind for kind in COLLECTIVES} | {"sendrecv": "send", "p2p": "send"}
+_PREFIXES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+ETHERNET = Link("ethernet", 1.25e9, 30e-6)  # 10 Gbit/s: an assumption where cards without NVLink lie in several nodes
 _ATTENTION = (("FlashAttention-2", "attention-flash2"), ("cuDNN", "attention-cudnn"), ("Triton", "attention-triton"))
 
 
 def format_of(text: str, column: str = "dtype") -> DType:
     """A number format by its published name."""
-    if text.strip().lower() not in FORMATS:
+    low = text.strip().lower().removeprefix("torch.").replace("_", "-")
+    group = re.fullmatch(r"(?:int4|w4a16|nf4|awq|gptq)-?g?(\d+)", low.replace("nf4", "nf4-64"))
+    if group:
+        return DType(f"int4-g{group[1]}", 4, int(group[1]), 16, 16)
+    if low not in FORMATS:
         raise NarrowsError(f"{text[:40]!r} is not a format.", where=column, remedy=f"Use {', '.join(FORMATS)}.")
-    return FORMATS[text.strip().lower()]
+    return FORMATS[low]
 
 
 def sets(row: Row) -> tuple[str, ...]:
@@ -51,7 +63,9 @@ def sets(row: Row) -> tuple[str, ...]:
     model, phase = row["model"], row["phase"].strip()
     if phase != "operator":
         return ("collectives",) if phase == "collective" else ("decode",)
-    return ("gemm",) if model.startswith("GEMM") else ("attention",) if re.search(r"hd\d+", model) else ("pointwise",)
+    return (
+        ("gemm",) if re.match(r"gemm|matmul", model, re.I) else ("attention",) if re.search(r"hd\d+", model) else ("pointwise",)
+    )
 
 
 def forecast(row: Row) -> list[Forecast]:
@@ -60,7 +74,7 @@ def forecast(row: Row) -> list[Forecast]:
     if phase == "collective":
         return [_collective(row)]
     if phase == "operator":
-        found = next((f for pattern, f in _OPERATORS if re.search(pattern, row["model"])), None)
+        found = next((f for pattern, f in _OPERATORS if re.search(pattern, row["model"], re.I)), None)
         if found is None:
             raise NotCovered(f"the operator {row['model'][:40]!r} is not known.", where="model", remedy="See the kinds of op.")
         return [found(row)]
@@ -71,27 +85,33 @@ def forecast(row: Row) -> list[Forecast]:
     )
 
 
-def with_weights(graph: Graph, weight: DType, compute: str = "") -> Graph:
-    """A graph with the matrices of its layers stored in another format (embedding and head stay)."""
+def in_format(graph: Graph, weight: DType, compute: str = "") -> Graph:
+    """A graph with the matrices of its layers stored in another format (embedding and head stay), or all of it in a wider one."""
 
     def change(op: Op) -> Op:
+        if weight.bits > 16:
+            return op.but(act=weight, weight=weight if op.weight else None)
         if op.kind not in ("linear", "expert") or op.repeat == 1 or op.weight is None or op.weight.bits < weight.bits:
             return op
         return op.but(weight=weight, compute=compute)
 
-    return graph.map(change)
+    return graph if weight.bits == 16 else graph.map(change)
 
 
-def _timed(row: Row, name: str, op: Op, here: Machine, *, work: float = 0.0) -> Forecast:
-    """A kernel called from Python: the op's own time and what a call of its class costs around it."""
-    time = op_time(op, ONE, here)
+def _timed(row: Row, name: str, op: Op, work: float, per: str) -> Forecast:
+    """A kernel called from Python: the op's own time and what a call of its class costs around it.
+
+    The row gives its time, or how much of `work` is done in a second, in units of `per`.
+    """
+    here = hardware(row["hardware"])
+    time = op_time(op, ONE, _reaching(here, "memory-pointwise", "memory-softmax") if name == "softmax" else here)
     around, least = (achieved(here, f"{kind}-{name}").median * 1e-6 for kind in ("call", "call_least"))
-    predicted = max(float(time.seconds) + around, least)
-    bound = bound_seconds(op, here)
-    if work:
-        measured = rate(row, Gelem_s_as_plotted=1e9, Gelem_s=1e9, TFLOP_s=1e12)
-        return Forecast(_set(name), measured, work / predicted, _set(name), work / bound, inside=time.inside)
-    return Forecast(_set(name), seconds(row), predicted, _set(name), bound, inside=time.inside)
+    predicted, bound = max(float(time.seconds) + around, least), bound_seconds(op, here)
+    group = "gemm" if name == "gemm" else "pointwise"
+    if unit(row["unit"]) in UNITS:
+        return Forecast(group, seconds(row), predicted, group, bound, here.name)
+    measured = rate(row, {f"g{per}/s": 1e9, f"t{per}/s": 1e12})
+    return Forecast(group, measured, work / predicted, group, work / bound, here.name, best="max")
 
 
 def bound_seconds(op: Op, here: Machine, step: Step = ONE) -> float:
@@ -109,12 +129,8 @@ def model_bound(graph: Graph, here: Machine, step: Step, devices: int) -> float:
     return sum(bound_seconds(op, here, step) for op in graph) / devices
 
 
-def _set(name: str) -> str:
-    return "pointwise" if name in ("softmax", "layernorm", "gelu") else name
-
-
 def _shape(row: Row, pattern: str) -> list[int]:
-    found = re.search(pattern, row["model"])
+    found = re.search(pattern, row["model"], re.I)
     sizes = [int(s) for s in found.groups()] if found else [0]
     if min(sizes) < 1 or max(sizes) > 10**10:
         raise NarrowsError(f"{row['model'][:60]!r} has no such sizes.", where="model", remedy="Write them as whole numbers.")
@@ -122,33 +138,29 @@ def _shape(row: Row, pattern: str) -> list[int]:
 
 
 def _gemm(row: Row) -> Forecast:
-    m, n, k = _shape(row, r"M=(\d+) N=(\d+) K=(\d+)")
-    act = format_of(row["dtype"])
-    return _timed(row, "gemm", Op("gemm", "matmul", {"rows": m, "inputs": k, "outputs": n}, act=act), hardware(row["hardware"]))
+    m, n, k = _shape(row, r"\bM ?= ?(\d+)\W+N ?= ?(\d+)\W+K ?= ?(\d+)")
+    form, dims = format_of(row["dtype"]), {"rows": m, "inputs": k, "outputs": n}
+    plain = form.bits >= 8 or form.name in hardware(row["hardware"]).peak_flop_per_s  # else a format of weights alone
+    op = Op("gemm", "matmul", dims, act=form) if plain else Op("gemm", "linear", dims, act=BF16, weight=form)
+    return _timed(row, "gemm", op, 2 * m * n * k, "flop")
 
 
 def _softmax(row: Row) -> Forecast:
-    rows, width = _shape(row, r"shape=(\d+)x(\d+)")
-    op = Op(
-        "softmax",
-        "elementwise",
-        {"elements": rows * width, "reads": rows * width, "flop_per_element": 5},
-        act=format_of(row["dtype"]),
-    )
-    here = hardware(row["hardware"])
-    return _timed(row, "softmax", op, _reaching(here, "memory-pointwise", "memory-softmax"), work=rows * width)
+    rows, width = _shape(row, r"shape ?= ?(\d+) ?x ?(\d+)")
+    dims = {"elements": rows * width, "reads": rows * width, "flop_per_element": 5}
+    return _timed(row, "softmax", Op("softmax", "elementwise", dims, act=format_of(row["dtype"])), rows * width, "elem")
 
 
 def _layernorm(row: Row) -> Forecast:
-    rows, width = _shape(row, r"shape=(\d+)x(\d+)")
+    rows, width = _shape(row, r"shape ?= ?(\d+) ?x ?(\d+)")
     op = Op("layernorm", "norm", {"rows": rows, "width": width, "weights": 2}, act=format_of(row["dtype"]))
-    return _timed(row, "layernorm", op, hardware(row["hardware"]), work=rows * width)
+    return _timed(row, "layernorm", op, rows * width, "elem")
 
 
 def _gelu(row: Row) -> Forecast:
-    (elements,) = _shape(row, r"shape=(\d+)")
-    op = Op("gelu", "elementwise", {"elements": elements, "reads": elements, "flop_per_element": 11}, act=format_of(row["dtype"]))
-    return _timed(row, "gelu", op, hardware(row["hardware"]), work=elements)
+    (elements,) = _shape(row, r"shape ?= ?(\d+)$")
+    dims = {"elements": elements, "reads": elements, "flop_per_element": 11}
+    return _timed(row, "gelu", Op("gelu", "elementwise", dims, act=format_of(row["dtype"])), elements, "elem")
 
 
 def _attention(row: Row) -> Forecast:
@@ -172,15 +184,15 @@ def _attention(row: Row) -> Forecast:
     time = op_time(op, ONE, _reaching(here, "attention", kernel))
     work = 4 * many * head * pairs
     return Forecast(
-        "attention", rate(row, TFLOP_s=1e12), work / float(time.seconds), "attention", here.peak(op.act.name), inside=time.inside
+        "attention", rate(row, {"tflop/s": 1e12}), work / float(time.seconds), "attention", here.peak(op.act.name), here.name
     )
 
 
 _OPERATORS: tuple[tuple[str, Callable[[Row], Forecast]], ...] = (
-    (r"^GEMM ", _gemm),
-    (r"^softmax ", _softmax),
-    (r"^layernorm ", _layernorm),
-    (r"^gelu ", _gelu),
+    (r"^(gemm|matmul)\b", _gemm),
+    (r"^softmax\b", _softmax),
+    (r"^layer_?norm\b", _layernorm),
+    (r"^gelu\b", _gelu),
     (r"hd\d+", _attention),
 )
 
@@ -191,73 +203,77 @@ def _reaching(here: Machine, what: str, like: str) -> Machine:
     return replace(here, efficiency={**here.efficiency, what: {"median": found.median, "low": found.low, "high": found.high}})
 
 
+def _message_bytes(row: Row) -> float:
+    """The size of a message, like `64 KB` (2**10 bytes each) or a plain number of bytes, from the column of prompts."""
+    found = re.fullmatch(r"([\d.]+(?:e\+?\d+)?) ?([kmg]?)(?:i?b|bytes)?", row["prompt"].strip().lower())
+    try:
+        size = float(found[1]) * _PREFIXES[found[2]] if found else 0.0
+    except ValueError:
+        size = 0.0
+    if not 1 <= size < 1e15:
+        problem = f"{row['prompt'][:40]!r} is not the size of a message."
+        raise NarrowsError(problem, where="prompt", remedy="Write it like 64 KB, or in bytes.")
+    return size
+
+
 def _collective(row: Row) -> Forecast:
-    kind, ranks, act = _KINDS.get(row["model"].strip()), count(row, "n_devices"), format_of(row["dtype"])
-    size = re.fullmatch(r"([\d.]+) ?([KMG]?B?)", row["prompt"].strip())
-    if kind is None or size is None or ranks < 2:
-        where, what = (
-            ("model", row["model"])
-            if kind is None
-            else ("prompt", row["prompt"])
-            if size is None
-            else ("n_devices", row["n_devices"])
-        )
-        raise NarrowsError(
-            f"{what[:40]!r} is not known here.", where=where, remedy="Give a collective, a size like 64 KB, 2 or more devices."
-        )
+    kind = _KINDS.get(re.sub(r"[^a-z]", "", row["model"].lower()))
+    if kind is None:
+        problem = f"the collective {row['model'][:40]!r} is not known."
+        raise NotCovered(problem, where="model", remedy=f"Use {', '.join(COLLECTIVES)}.")
+    ranks, act, here, text = count(row, "n_devices"), format_of(row["dtype"]), hardware(row["hardware"]), row["hardware"].lower()
     nodes = re.search(r"nodes=(\d+)", row.get("note") or "")
-    many, here = int(nodes[1]) if nodes else 1, hardware(row["hardware"])
-    elements = float(size[1]) * _SIZES[size[2]] * 8 / act.bits
-    if many > 1 and kind == "all_to_all":  # all of a node's devices send through its one card; a ring crosses it once
-        elements *= ranks / many * (ranks - ranks / many) / (ranks - 1)
-    over = "ethernet" if many > 1 else "pcie" if "pcie" in row["hardware"].lower() else ""
-    if over:
-        link = Link(over, achieved(here, f"wire-{over}").median * 1e9, 5e-6 if over == "pcie" else 30e-6)
-        scales = {k: achieved(here, f"link_{k}-{over}").median for k in ("base", "hop", "ramp")}
-        own = {f"link_{k}": {"median": v, "low": v, "high": v} for k, v in scales.items()}
-        own["link"] = {"median": 1.0, "low": 1.0, "high": 1.0}
-        here = replace(
-            here,
-            links=(link,) if over != "pcie" else (replace(link, name="ring"),),
-            efficiency={**here.efficiency, **own},
-            sources={},
-        )
+    many = max(1, int(nodes[1])) if nodes else 1
+    if ranks < 2 or ranks % many:
+        problem = f"{ranks} devices do not exchange over {many} nodes."
+        raise NarrowsError(problem, where="n_devices", remedy="Give 2 or more, as many on each node.")
+    elements = _message_bytes(row) * 8 / act.bits
+    if many > 1 and ("pcie" in text or here.link is None):  # one card per node, which a ring crosses once
+        speed = ETHERNET.bandwidth_bytes_per_s
+        if kind == "all_to_all":  # a card serves all devices of its node, over a connection to each other node
+            elements *= ranks / many * (ranks - ranks / many) / (ranks - 1)
+            speed *= (many - 1) ** achieved(here, "ethernet_flows").median
+        here = replace(here, links=(replace(ETHERNET, bandwidth_bytes_per_s=speed),), sources={})
+    elif many > 1:
+        here = replace(here, links=(Link("network", network_bytes_per_s(here) * ranks / many, 5e-6),), sources={})
+    elif "pcie" in text:  # of a card that is sold with NVLink as well
+        here = replace(here, links=tuple(way for way in here.links if way.name == "pcie"), sources={})
+    if not here.links:
+        raise NotCovered(f"{here.name} has no link to others.", where="hardware", remedy="Judge rows of one device.")
     op = Op(kind, kind, {"elements": elements, "ranks": ranks}, act=act)
     time = op_time(op, ONE, here, eager=True)
     return Forecast(
         "collectives",
         seconds(row),
         float(time.seconds),
-        f"link{'-' + over if over else ''}",
+        wired(here),
         bound_seconds(op, here),
-        inside=time.inside,
+        here.name,
     )
 
 
 def _tokens(row: Row) -> Forecast:
-    """Tokens per second, or the time of a prompt, of a whole model."""
+    """A whole model: tokens per second, or seconds per prompt where it is read and per token where it answers."""
     name, act = model(row["model"]), format_of(row["dtype"])
     here, batch = hardware(row["hardware"]), count(row, "batch", 1)
     if "GCD" in row["hardware"] and here.name == "mi250x":
         here = here.scaled(compute=0.5, bandwidth=0.5)  # the machine has two
-    if not row["n_devices"].strip().isdigit():
+    if not re.fullmatch(r"[\d.]*", row["n_devices"].strip()):
         raise NotCovered(f"{row['n_devices'][:40]!r} is not a number of devices.", where="n_devices", remedy="Write a count.")
-    devices = count(row, "n_devices")
+    devices = count(row, "n_devices", 1)
     prompt = int(row["prompt"]) if row["prompt"].strip().isdigit() else 128
-    graph = with_weights(graph_of(name), act) if act.bits < 16 else graph_of(name)
-    if row["metric"] == "ttft":
-        whole = Step.prefill(batch, prompt)
-        return Forecast(
-            "decode",
-            seconds(row),
-            float(step_seconds(graph, here, whole, devices)[0]),
-            "decode",
-            model_bound(graph, here, whole, devices),
-        )
-    out = count(row, "output")
-    later = Step.decode(batch, prompt + out // 2)
-    step = float(step_seconds(graph, here, later, devices)[0])
-    first = float(step_seconds(graph, here, Step.prefill(batch, prompt), devices)[0]) if row["phase"] == "offline_max" else 0.0
-    measured = rate(row, tok_s=1.0, tok_s_GPU=float(devices))
-    bound = batch / model_bound(graph, here, later, devices)
-    return Forecast("decode", measured, batch * out / (first + out * step), "decode", bound, f"{name} {here.name}", "max")
+    graph = in_format(graph_of(name), act)
+    read = float(step_seconds(graph, here, Step.prefill(batch, prompt), devices)[0])
+    bound = model_bound(graph, here, Step.prefill(batch, prompt), devices)
+    job, tokens, times = f"{name} {here.name}", batch * prompt, read
+    if row["phase"].strip() != "prefill":
+        out = count(row, "output")
+        later = Step.decode(batch, prompt + out // 2)
+        each = float(step_seconds(graph, here, later, devices)[0])
+        bound, tokens, times = model_bound(graph, here, later, devices), batch, each
+        if row["phase"].strip() == "offline_max":
+            times += read / out
+    if unit(row["unit"]) in UNITS:
+        return Forecast("decode", seconds(row), times, "decode", bound, here.name, job)
+    measured = rate(row, {"tok/s": 1.0, "tok/s/device": float(devices)})
+    return Forecast("decode", measured, tokens / times, "decode", tokens / bound, here.name, job, "max")

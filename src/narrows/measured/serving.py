@@ -2,14 +2,15 @@
 
 from functools import cache
 
-from narrows.costmodel import ATTENTION, generation
+from narrows.costmodel import ATTENTION
 from narrows.errors import NarrowsError
 from narrows.footprint import footprint
-from narrows.graph import BF16, DTYPES, FP8, FP16, Graph
-from narrows.measured.kernels import model_bound, with_weights
+from narrows.graph import FP8, Graph
+from narrows.machine import Machine
+from narrows.measured.kernels import format_of, in_format, model_bound
 from narrows.measured.table import Forecast, NotCovered, Row, count, graph_of, hardware, model, number
 from narrows.parallel import tensor_parallel
-from narrows.simulate.closed_loop import Layout, closed_loop, one_batch, preset
+from narrows.simulate.closed_loop import Layout, closed_loop, held, one_batch, preset
 from narrows.step import Step
 
 CLOSED_LOOP = (
@@ -30,10 +31,21 @@ CLOSED_LOOP = (
     "silicon_tpot_ms",
     "concurrency",
 )
+OPTIONAL = (
+    "backend_version",
+    "precision",
+    "gemm_quant_mode",
+    "batch_size",
+    "tp_size",
+    "attention_dp_size",
+    "moe_tp_size",
+    "moe_ep_size",
+    "concurrency",
+)
 ONE_BATCH = ("model", "hardware", "prompt_size", "batch_size", "token_size", "prompt_time", "token_time", "tensor_parallel")
 
 FITS = 0.88  # of the device's memory; the rest is the driver's, the allocator's and the communication library's
-_SEEN = ("qwen3-32b", "llama-3.1-8b", "gpt-oss-120b", "deepseek-v3")  # what the engines' constants were fitted on
+_ENGINES = {"tensorrt": "trtllm", "trt": "trtllm", "tensorrt-llm": "trtllm", "trt-llm": "trtllm", "trtllm": "trtllm"}
 
 
 @cache
@@ -42,32 +54,12 @@ def served_graph(name: str, precision: str, capability: bool, small_cache: bool 
 
     `small_cache`: keys and values are kept in fp8 as well (TensorRT-LLM's default for such checkpoints).
     """
-    graph, wanted = graph_of(name), precision.strip().lower()
-    known = {
-        "": BF16,
-        "bf16": BF16,
-        "fp16": FP16,
-        "bfloat16": BF16,
-        "fp8": FP8,
-        "fp8_block": FP8,
-        "fp4": DTYPES["fp4"],
-        "nvfp4": DTYPES["fp4"],
-        "int8": DTYPES["int8"],
-        "int4": DTYPES["int4"],
-        "w4afp8": DTYPES["int4"],
-        "mxfp4": DTYPES["fp4"],
-    }
-    if wanted not in known:
-        raise NarrowsError(f"{precision[:40]!r} is not a format.", where="gemm_quant_mode", remedy=f"Use {', '.join(known)}.")
-    if small_cache and wanted.startswith("fp8"):
+    graph, form = graph_of(name), format_of(precision or "bf16", "gemm_quant_mode")
+    if small_cache and form == FP8:
         graph = graph.map(lambda op: op.but(cache=FP8) if op.kind in ATTENTION else op)
     if any(op.kind == "expert" and op.weight and op.weight.bits <= 8 for op in graph):
         return graph  # shipped in few bits: the format of its experts is what is served
-    return (
-        with_weights(graph, known[wanted], "fp8" if wanted.startswith("fp8") and capability else "")
-        if known[wanted].bits < 16
-        else graph
-    )
+    return in_format(graph, form, "fp8" if form == FP8 and capability else "")
 
 
 def _layout(row: Row, prefix: str) -> Layout:
@@ -86,41 +78,60 @@ def _layout(row: Row, prefix: str) -> Layout:
 
 def engine_of(row: Row) -> str:
     """The set of constants that serves a closed-loop row: of its engine and version, or of workers apart."""
-    version = "disagg" if row["mode"].strip() == "disagg" else (row.get("backend_version") or "").strip()
-    return preset(f"{row['backend'].strip().lower()}-{version}")
+    version = "disagg" if _apart(row) else (row.get("backend_version") or "").strip().lower().removeprefix("v")
+    return preset(f"{_backend(row)}-{version}")
+
+
+def _backend(row: Row) -> str:
+    low = row["backend"].strip().lower().replace("_", "-")
+    return _ENGINES.get(low, low)
+
+
+def _apart(row: Row) -> bool:
+    """Whether other workers read prompts than those that decode."""
+    mode = row["mode"].strip().lower()
+    if mode not in ("agg", "aggregated", "disagg", "disaggregated"):
+        raise NarrowsError(f"{row['mode'][:40]!r} is not a mode.", where="mode", remedy="Use agg or disagg.")
+    return mode.startswith("dis")
 
 
 def closed(row: Row) -> list[Forecast]:
     """Forecasts of a closed-loop row: time to first token and per output token."""
     here, name = hardware(row["system"], "system"), model(row["model_path"], "model_path")
-    graph = served_graph(
-        name,
-        row["gemm_quant_mode"] or row["precision"],
-        "fp8" in here.peak_flop_per_s,
-        row["backend"].strip().lower() == "trtllm",
-    )
+    precision = (row.get("gemm_quant_mode") or row.get("precision") or "").strip()
+    graph = served_graph(name, precision, "fp8" in here.peak_flop_per_s, _backend(row) == "trtllm")
     prompt, output = count(row, "isl"), count(row, "osl")
     first, each = (number(row, f"silicon_{k}_ms") * 1e-3 for k in ("ttft", "tpot"))
-    apart, mode = row["mode"].strip() == "disagg", row["mode"].strip()
-    if mode not in ("agg", "disagg"):
-        raise NarrowsError(f"{mode[:40]!r} is not a mode.", where="mode", remedy="Use agg or disagg.")
+    apart = _apart(row)
     layout = _layout(row, "decode_" if apart else "")
     workers = count(row, "decode_num_workers", 1) if apart else 1
     batch = count(row, "decode_batch_size" if apart else "batch_size", 1) * layout.data * workers
     many = count(row, "concurrency", batch)
-    backend, engine = row["backend"].strip().lower(), engine_of(row)
+    engine = engine_of(row)
     prefill = _layout(row, "prefill_") if apart else None
+    if count(row, "pp_size", 1) > 1:
+        raise NotCovered("pipeline stages are not modelled here.", where="pp_size", remedy="Judge rows of one stage.")
+    _require_fit(graph, here, (layout, prefill or layout), prompt + output)
     found = closed_loop(
         graph, here, layout, max(1, round(many / workers)), prompt, output, engine, prefill, count(row, "prefill_num_workers", 1)
     )
-    job = f"{name} {here.name} {backend} {mode} {prompt} {output}"
+    job = f"{name} {here.name} {_backend(row)} {'apart' if apart else ''} {prompt} {output} {many}"
     read = model_bound(graph, here, Step.prefill(1, prompt), (prefill or layout).devices)
-    step = model_bound(graph, here, Step.decode(max(1, many // workers), prompt + output // 2), layout.devices)
-    seen = name in _SEEN and here.name in ("h100-sxm", "h200")
+    step = model_bound(graph, here, Step.decode(round(found.running), prompt + output // 2), layout.devices)
+    place = f"{name} {here.name}"
     return [
-        Forecast("serving-ttft", first, found.first, f"ttft-{engine}", read, f"{job} {many}", inside=seen),
-        Forecast("serving-tpot", each, found.each, f"tpot-{engine}", step, f"{job} {many}", inside=seen),
+        Forecast("serving-ttft", first, found.first, f"ttft-{engine}", read, place, job),
+        Forecast("serving-tpot", each, found.each, f"tpot-{engine}", step, place, job),
     ]
+
+
+def _require_fit(graph: Graph, here: Machine, layouts: tuple[Layout, Layout], length: int) -> None:
+    """Raises NotCovered where the weights and one sequence do not fit a layout's devices."""
+    for layout in layouts:
+        weights, each = held(graph, here, layout, length)
+        if weights + each > here.memory.capacity_bytes:
+            problem = f"weights and one sequence need {(weights + each) / 1e9:.0f} GB of {here.name}'s memory on each device."
+            raise NotCovered(problem, where="tp_size", remedy="Check the number of devices and the format.")
 
 
 @cache
@@ -144,12 +155,11 @@ def batch(row: Row) -> list[Forecast]:
             remedy="Judge batches that fit.",
         )
     found = one_batch(graph, here, Layout(devices), many, prompt, output, "splitwise")
-    job = f"{name} {here.name} {many} {prompt} {output}"
+    place, job = f"{name} {here.name}", f"{name} {here.name} {many} {prompt} {output}"
     read, step = (
         model_bound(graph, here, s, devices) for s in (Step.prefill(many, prompt), Step.decode(many, prompt + output // 2))
     )
-    seen = generation(here.name) == "ampere"
     return [
-        Forecast("splitwise-prompt", first, found.first, "prompt", read, job, inside=seen),
-        Forecast("splitwise-token", each, found.each, "token", step, job, inside=seen),
+        Forecast("splitwise-prompt", first, found.first, "prompt", read, place, job),
+        Forecast("splitwise-token", each, found.each, "token", step, place, job),
     ]

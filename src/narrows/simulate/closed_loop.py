@@ -18,6 +18,8 @@ from narrows.machine import Machine
 from narrows.parallel import tensor_parallel
 from narrows.step import Step
 
+TOKENS_AT_ONCE = 8192  # of prompts in one step: the default of the engines
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -60,7 +62,7 @@ def constants(engine: str) -> dict[str, float]:
 
 def preset(engine: str) -> str:
     """The engine whose constants stand for one: that version of it (`sglang-0.5.1.post1` is `sglang-0.5.1`), or any."""
-    found = [e for e in engines() if engine == e or (engine.startswith(f"{e}-") or (engine.startswith(e) and e.count("-")))]
+    found = [e for e in engines() if engine == e or engine.startswith((f"{e}-", f"{e}."))]
     if not found:
         raise NarrowsError(f"there is no engine {engine!r}.", where="engine", remedy=closest(engine, engines()))
     return max(found, key=len)
@@ -93,7 +95,7 @@ def _exchange(op: Op, devices: int) -> Op:
 
 
 @lru_cache(maxsize=10_000)
-def _room(graph: Graph, machine: Machine, layout: Layout, length: int) -> tuple[float, float]:
+def held(graph: Graph, machine: Machine, layout: Layout, length: int) -> tuple[float, float]:
     """Bytes of weights, and of one sequence's keys and values, per device."""
     whole = tensor_parallel(graph, layout.devices)
     weights = whole.weight_bytes if layout.data == 1 else graph.weight_bytes / layout.devices
@@ -118,7 +120,9 @@ def closed_loop(
     held up. Raises NarrowsError for an unknown engine and for a model that does not fit.
     """
     c = constants(engine)
-    weights, each = _room(graph, machine, layout, prompt + output)
+    if "first" not in c:
+        raise NarrowsError(f"{engine} runs one batch at a time.", where="engine", remedy="Give an engine with a queue.")
+    weights, each = held(graph, machine, layout, prompt + output)
     free = machine.memory.capacity_bytes * min(c.get("memory", 0.9), 1.0) - weights
     room = max(1, int(free / each)) if each and not prefill else concurrency  # of workers apart, only some are counted
     running = float(min(concurrency, room))
@@ -126,9 +130,11 @@ def closed_loop(
     step = _step_seconds(graph, machine, layout, round(running), 1, prompt + output // 2) * c["decode"]
     step += c["step_ms"] * 1e-3 + c["sequence_us"] * 1e-6 * running
     rivals = (running - 1) / (layout.data * prefill_workers)
-    held_up = 0.0 if prefill else c["share"] * rivals * read / output
+    together = max(1, TOKENS_AT_ONCE // prompt)  # short prompts of rivals are read in one step
+    other = _step_seconds(graph, machine, prefill or layout, together, prompt, 0) / together
+    held_up = 0.0 if prefill else c["share"] * rivals * other / output
     token = step + held_up
-    first = read * (c["first"] + c["burst"] * rivals ** c["crowding"]) + token + c["intake_ms"] * 1e-3
+    first = read * c["first"] + other * c["burst"] * rivals ** c["crowding"] + token + c["intake_ms"] * 1e-3
     if concurrency > running:  # Little's law: the rest stands in line
         first = max(first, concurrency / running * (first + output * token) - output * token)
     return Served(first, token, running)
