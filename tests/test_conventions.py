@@ -16,13 +16,13 @@ LAYERS = [
     {"units", "figures", "kinds", "staging"},
     {"step", "machine", "papers"},
     {"graph"},
-    {"backward", "parallel", "formulas"},
-    {"cost", "costmodel", "footprint"},
+    {"backward", "parallel", "layout", "formulas"},
+    {"cost", "costmodel", "energy", "footprint"},
     {"capture", "technique", "samples", "headers"},
     {"diagnose", "explain", "modules", "formats"},
     {"techniques", "free", "simulate"},
     {"plan", "claims", "directory", "measured"},
-    {"prescribe", "verify", "calibrate", "validate"},
+    {"prescribe", "verify", "calibrate", "validate", "search", "emit", "probes", "ranks", "anchors", "run"},
     {"workflow", "here", "doctor", "experiments"},
     {"report"},
     {"cli", "docs", "__main__"},
@@ -38,7 +38,8 @@ def imported(path: Path) -> list[tuple[str, bool]]:
     """(narrows module, whether at the top of the file) for each import of the package in a file."""
     found = []
     tree = ast.parse(path.read_text())
-    top = set(tree.body) | {n for node in tree.body if isinstance(node, ast.If) for n in node.body}
+    loaded = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING"]
+    top = set(tree.body) | {n for node in loaded for n in node.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "narrows":
             names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]

@@ -36,7 +36,8 @@ def gantt(timeline: Timeline, label: str = "", height: float = 480.0) -> str:
         top = _TOP + row * tall
         if row % every == 0:
             out.append(text(_LEFT - 8, top + tall / 2 + 4, f"rank {name}" if isinstance(name, int) else name, anchor="end"))
-        out.append(f'<rect fill="#808080" fill-opacity="0.12" x="{_LEFT}" y="{top:.1f}" width="{x.end - _LEFT:.1f}" height="{tall * 0.86:.1f}"/>')
+        size = f'width="{x.end - _LEFT:.1f}" height="{tall * 0.86:.1f}"'
+        out.append(f'<rect x="{_LEFT}" y="{top:.1f}" {size} fill="#808080" fill-opacity="0.12"/>')
         for block in _blocks([timeline.spans[i] for i in lane], x):
             kind = _kind(block)
             kinds[kind] = None

@@ -51,6 +51,7 @@ class Group:
 
     blocks   of keys and values per replica, as the engine reports them; 0: what is left of the memory
     scale    factor on the time of every step (of a slower or capped device)
+    utilization   share of the device's memory that the engine may fill
     """
 
     graph: Graph
@@ -60,6 +61,7 @@ class Group:
     replicas: int = 1
     blocks: int = 0
     scale: float = 1.0
+    utilization: float = UTILIZATION
 
     def times(self) -> StepTimes:
         """The times of its steps, with what the engine adds."""
@@ -81,7 +83,7 @@ class Group:
         logits = max((float(op["outputs"]) for op in own if op.split == "vocabulary" and op.kind == "linear"), default=0.0)  # type: ignore[arg-type]
         used = float(own.weight_bytes) + float(footprint(own, step).activation_bytes)
         used += SAMPLER * 4 * min(self.rules.max_sequences, 1024) * logits + CONTEXT_BYTES
-        left = self.machine.memory.capacity_bytes * VISIBLE * UTILIZATION - used
+        left = self.machine.memory.capacity_bytes * VISIBLE * self.utilization - used
         blocks = int(left / (self.token_bytes() * self.rules.block))
         if blocks < 1:
             raise NarrowsError(

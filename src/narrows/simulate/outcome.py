@@ -27,6 +27,16 @@ class Spread:
         bin_ = math.floor(math.log2(max(value, 1e-12)) * _FINE)
         self._bins[bin_] = self._bins.get(bin_, 0) + 1
 
+    def add_run(self, first: float, slope: float, n: int, weight: int) -> None:
+        """The numbers first, first + slope, ... n of them, each `weight` times: as many operations as bins they reach."""
+        self.count += n * weight
+        self.total += (n * first + slope * (n * (n - 1) // 2)) * weight
+        while n:
+            bin_ = math.floor(math.log2(max(first, 1e-12)) * _FINE)
+            inside = n if not slope else min(n, max(1, math.ceil((2.0 ** ((bin_ + 1) / _FINE) - first) / slope)))
+            self._bins[bin_] = self._bins.get(bin_, 0) + inside * weight
+            first, n = first + slope * inside, n - inside
+
     @property
     def mean(self) -> float:
         return self.total / self.count if self.count else math.nan
@@ -47,8 +57,9 @@ class Spread:
 
 @dataclass
 class Outcome:
-    """A load served: seconds to the first token, between tokens and in all; `good` kept both limits.
+    """A load served: seconds to the first token, per token after it (a request's mean) and in all; `good` kept both limits.
 
+    tbt     seconds between tokens, each token for itself: a stall shows here;  queue  seconds before being let in
     parts   seconds of all requests by where they went; they add up to the sum of all latencies
     """
 
@@ -57,6 +68,8 @@ class Outcome:
     ttft: Spread = field(default_factory=Spread)
     tpot: Spread = field(default_factory=Spread)
     e2e: Spread = field(default_factory=Spread)
+    tbt: Spread = field(default_factory=Spread)
+    queue: Spread = field(default_factory=Spread)
     requests: int = 0
     good: int = 0
     tokens: int = 0
@@ -78,6 +91,7 @@ class Outcome:
         tpot = (answer.last - answer.first) / PS / (r.output - 1) if r.output > 1 else 0.0
         self.ttft.add(ttft)
         self.e2e.add(whole)
+        self.queue.add(answer.queue / PS)
         if r.output > 1:
             self.tpot.add(tpot)
         self.requests += 1
@@ -93,6 +107,10 @@ class Outcome:
         sums[-1] += 1
         for i, part in enumerate(PARTS):
             sums[i] += getattr(answer, part)
+
+    def pace(self, first: int, slope: int, n: int, sequences: int) -> None:
+        """Tokens followed those before them after `first`, `first + slope`, ... picoseconds, n times, in so many sequences."""
+        self.tbt.add_run(first / PS, slope / PS, n, sequences)
 
     def reject(self, request: Request, why: str) -> None:
         """A request that could never be served is counted, the first of them with their reason."""
@@ -142,6 +160,7 @@ class Outcome:
             "simulated_seconds": self.seconds,
             "ttft_s": self.ttft.as_json(),
             "tpot_s": self.tpot.as_json(),
+            "tbt_s": self.tbt.as_json(),
             "e2e_s": self.e2e.as_json(),
             "throughput_tokens_per_s": self.tokens / seconds,
             "requests_per_s": self.requests / seconds,

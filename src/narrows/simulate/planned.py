@@ -39,9 +39,12 @@ def zero_bubble(work: Work, limit_bytes: float = inf) -> Order:
 def split(order: Order, work: Work, limit_bytes: float = inf) -> Order:
     """The order with each backward pass as I, and W where the rank would be idle, at its end, or where memory asks for it.
 
-    The order of what is not W stays (2BP, Rae et al., 2024). Raises NarrowsError where `limit_bytes` do not hold it.
+    The order of what is not W stays (2BP, Rae et al., 2024). Raises NarrowsError where `limit_bytes` do not hold it, for an
+    order that cannot run, and for one whose microbatches take paths of their own.
     """
     order.check(work)
+    if order.paths:
+        raise NarrowsError("its microbatches take paths of their own.", where="split", remedy="Give an order without paths.")
     rows = [[one._replace(kind="I") if one.kind == "B" else one for one in row] for row in order.ranks]
     return min((_filled(rows, work, limit_bytes, gaps) for gaps in _GAPS), key=lambda one: one[1])[0]
 
@@ -71,9 +74,9 @@ def v_shaped(work: Work, limit_bytes: float = inf, shape: str = "") -> Order:
 
 
 def _room(work: Work, limit_bytes: float) -> float:
-    """How many stages' activations fit, counting each as the largest."""
-    largest = max(work.held_bytes, default=0.0)
-    return limit_bytes * (1 + _ROUNDING) // largest if largest and isfinite(limit_bytes) else inf
+    """How many stages' activations fit beside what a backward pass works in, counting each as the largest."""
+    largest, working = (max(sizes, default=0.0) for sizes in (work.held_bytes, work.working_bytes))
+    return (limit_bytes * (1 + _ROUNDING) - working) // largest if largest and isfinite(limit_bytes) else inf
 
 
 def _warm_up(work: Work, limit_bytes: float, apart: int) -> list[int]:
@@ -85,11 +88,11 @@ def _warm_up(work: Work, limit_bytes: float, apart: int) -> list[int]:
     ahead = [1] * work.stages
     arrival = start[-1] + forward[-1]
     for stage in reversed(range(work.stages)):
-        held = work.changes_bytes("F", stage)[0]
-        if held > limit_bytes * (1 + _ROUNDING):
-            raise NarrowsError(f"one microbatch holds {held:g} bytes of {limit_bytes:g}.", where=f"stage {stage}",
+        held, working = work.changes_bytes("F", stage)[0], work.changes_bytes("I", stage)[0]
+        if held + working > limit_bytes * (1 + _ROUNDING):
+            raise NarrowsError(f"one microbatch holds {held + working:g} bytes of {limit_bytes:g}.", where=f"stage {stage}",
                                remedy="Allow more memory, or use more stages.")  # fmt: skip
-        fits = limit_bytes * (1 + _ROUNDING) // held if held and isfinite(limit_bytes) else m
+        fits = (limit_bytes * (1 + _ROUNDING) - working) // held if held and isfinite(limit_bytes) else m
         timely = (arrival - start[stage]) * (1 + _ROUNDING) // forward[stage] if forward[stage] else m
         ahead[stage] = int(max(1, min(m, fits, timely)))
         ends = max(arrival, start[stage] + ahead[stage] * forward[stage]) + inputs[stage]
@@ -181,6 +184,9 @@ def _filled(rows: Sequence[Iterable[Pass]], work: Work, limit_bytes: float, gaps
         if target != rank and queue[target] and queue[target][0] == Pass(kind, stage + step, m):
             offer(target)
     for rank in ranks:
+        if queue[rank]:
+            remedy = "Play the order: it names the cycle."
+            raise NarrowsError(f"{queue[rank][0]} never has what it needs.", where=f"rank {rank}", remedy=remedy)
         while pending[rank]:
             weights(rank)
     return Order(tuple(map(tuple, out))), max(end - begin for end, begin in zip(free, first, strict=True))
@@ -211,6 +217,7 @@ def _legs(ranks: int, strides: tuple[int, int, int, int], pause: int) -> list[li
 
 
 def _repeated(legs: Sequence[Sequence[int]], microbatches: int) -> Slots:
+    """The legs of every microbatch, each six slots after the one before."""
     ranks = len(legs[0])
     slots: Slots = {}
     for rank in range(ranks):

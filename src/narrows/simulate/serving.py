@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 
 from narrows.errors import NarrowsError
 from narrows.simulate.blocks import PIECE, Pool, Stretch
+from narrows.simulate.pace import Pace, Tell
 from narrows.simulate.step_times import StepTimes
 
 
@@ -27,6 +28,8 @@ class Rules:
     watermark   share of the blocks that stays free when a request is let in
     prefix_cache   keys and values of prompts are kept for others while there is room
     batched     nobody is let in before all who run have their answer (no continuous batching)
+    layered     prompts are read whole, by so many groups of layers, one a step, that a step reads about this many
+                tokens' worth of them (0: by tokens, through all layers)
     """
 
     name: str = "vllm-v1"
@@ -39,6 +42,7 @@ class Rules:
     watermark: float = 0.0
     prefix_cache: bool = True
     batched: bool = False
+    layered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +116,11 @@ class Engine:
     """One replica: `push` requests in the order of their arrival, `advance` it, and it hands answers to `emit`.
 
     `blocks` is the room for keys and values. A request that could never fit is handed to `reject` with the reason.
+    `tell` hears of the time between tokens, as `Pace` says.
     """
 
     def __init__(self, times: StepTimes, rules: Rules, blocks: int, emit: Callable[[Answer], None],
-                 reject: Callable[[Request, str], None]) -> None:  # fmt: skip
+                 reject: Callable[[Request, str], None], tell: Tell | None = None) -> None:  # fmt: skip
         if blocks < 1:
             raise NarrowsError("there is no room for keys and values.", where="serving", remedy="Use more or larger devices.")
         self.times, self.rules, self.blocks, self.emit, self.reject = times, rules, blocks, emit, reject
@@ -135,6 +140,8 @@ class Engine:
         self._stuck = False  # nobody can be let in before something ends
         self._evicted = False  # in the step that begins: nobody is let in
         self._spent = (0, 0, 0, 0)  # picoseconds of decoding, communication, host and prompts since the start
+        self._group = 0  # of layers, that reads the prompts next
+        self._pace = Pace(tell)
 
     @property
     def load(self) -> int:
@@ -179,7 +186,7 @@ class Engine:
             self._evicted = False
             return
         count, context, times, block = self._decoding, self._context, self.times, self.rules.block
-        piece = times.decoding(count, context)
+        piece = times.decoding(count, context, count)
         host, sent = times.host(count), times.communication(count)
         each = times.rows(count) + times.outputs(count) + piece.base + piece.slope * (context - piece.start) + host
         n = 1 if self._evicted else self._next_end() - self.steps  # after an eviction, the next step tries to let it in again
@@ -193,6 +200,7 @@ class Engine:
             n = _steps_to(until - self.now, each, slope, n)
             took = n * each + slope * (n * (n - 1) // 2)
         self._pool.take(self._wanted(n, block))
+        self._pace.steps(self.now, each, slope, n, count)
         self.now += took
         self.steps += n
         self.runs += 1
@@ -257,6 +265,7 @@ class Engine:
     def _drop(self, sequence: _Sequence) -> None:
         """Out of the sums over those that decode."""
         held = sequence.base + self.steps
+        self._pace.end(sequence)
         self._decoding -= 1
         self._promised -= sequence.end
         self._context -= held
@@ -321,7 +330,8 @@ class Engine:
             self._take(sequence, piece)
             pieces.append((sequence, piece))
             budget -= piece
-        joining = [] if self._evicted else self._admit(pieces, budget, demand)
+        self._group = self._group if pieces else 0
+        joining = [] if self._evicted or self._group else self._admit(pieces, budget, demand)
         if pieces:
             self._spend(pieces, decoding, demand)
             self._evicted = False
@@ -401,22 +411,26 @@ class Engine:
 
     def _spend(self, pieces: list[tuple[_Sequence, int]], decoding: int, demand: int) -> None:
         """Take the time of a step of pieces of prompts and of those that decode beside them."""
-        times = self.times
+        times, layered = self.times, self.rules.layered
         tokens = sum(piece for _, piece in pieces)
-        done = sum(sequence.read + piece == sequence.todo for sequence, piece in pieces)
+        groups = min(-(-tokens // layered), times.layers) if layered else 1
+        self._group = (self._group + 1) % groups if self._group < groups else 0
+        done = 0 if self._group else sum(sequence.read + piece == sequence.todo for sequence, piece in pieces)
         host = times.host(decoding + len(pieces))
-        own = [times.prompt(piece, sequence.read) for sequence, piece in pieces]
-        whole = times.rows(tokens + decoding) + times.outputs(decoding + done)
+        own = [times.prompt(piece, sequence.read) // groups for sequence, piece in pieces]
         base = times.rows(decoding) + times.outputs(decoding) if decoding else 0
         alone = 0
         if decoding:
-            segment = times.decoding(decoding, self._context)
+            segment = times.decoding(decoding, self._context, tokens + decoding)
             alone = segment.base + segment.slope * (self._context - segment.start)
-        shared = whole - base
-        took = whole + alone + sum(own) + host
+        shared = (times.rows(tokens + decoding) - (times.rows(decoding) if decoding else 0)) // groups
+        shared += times.outputs(decoding + done) - (times.outputs(decoding) if decoding else 0)
+        took = base + shared + alone + sum(own) + host
         for (sequence, piece), attention in zip(pieces, own, strict=True):
             if sequence.first < 0:
                 sequence.own += attention + shared * piece // tokens
+        if decoding:
+            self._pace.steps(self.now, took, 0, 1, decoding)
         self.now += took
         self.runs += 1
         decode, wire, hosts, prompts = self._spent
@@ -428,7 +442,7 @@ class Engine:
             self._pool.take(demand)
             self._context += decoding
         self._leave()
-        for sequence, piece in pieces:
+        for sequence, piece in () if self._group else pieces:
             sequence.read += piece
             if sequence.read == sequence.todo:
                 self._reading.remove(sequence)
@@ -442,6 +456,7 @@ class Engine:
             sequence.interference = self.now - sequence.admitted - sequence.own - sequence.host - sequence.out
         elif sequence.preempted >= 0:
             sequence.out += self.now - sequence.preempted
+            self._pace.late(self.now - sequence.preempted)
             sequence.preempted = -1
         sequence.seen = self._spent
         sequence.left -= 1
@@ -456,6 +471,7 @@ class Engine:
         self._turns += 1
         sequence.turn = self._turns
         heappush(self._ends, (sequence.end, sequence.turn, sequence))
+        self._pace.begin(sequence, self.now)
         self._decoding += 1
         self._promised += sequence.end
         self._context += sequence.todo

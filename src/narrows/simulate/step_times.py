@@ -56,6 +56,7 @@ class StepTimes:
         outputs = [op for op in ready if op.kind not in _MIXERS and _reads(op, "outputs")]
         rows = [op for op in ready if op.kind not in _MIXERS and not _reads(op, "outputs")]
         self._machine, self._mixers, self._factor = machine, mixers, factor
+        self.layers = sum(op.repeat for op in mixers)
         self._step = round(step_seconds * PS)
         self._each = round(sequence_seconds * PS)
         self._points = _grid(max(most_rows + most_sequences, 2))
@@ -120,7 +121,7 @@ class StepTimes:
         high = table[j + 1][i] + (table[j + 1][i + 1] - table[j + 1][i]) * x
         return round((low + (high - low) * y) * new)
 
-    def decoding(self, sequences: int, context: int) -> Segment:
+    def decoding(self, sequences: int, context: int, rows: int) -> Segment:
         """The linear piece on which attention of `sequences` decoding ones lies whose caches hold `context` tokens."""
         if sequences not in self._decoding:
             self._table_decoding(sequences)

@@ -61,7 +61,11 @@ class Timeline:
 
     @property
     def ranks(self) -> list[int]:
-        return [name for name in self.lanes if isinstance(name, int)]
+        """Its ranks in order; raises NarrowsError where every resource is something else."""
+        found = [name for name in self.lanes if isinstance(name, int)]
+        if not found:
+            raise NarrowsError("no rank ran anything.", where="timeline", remedy="Name a rank by a number.")
+        return found
 
     @cached_property
     def busy_seconds(self) -> dict[Resource, float]:
@@ -71,7 +75,8 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Share of all ranks' time until the last ends in which they do nothing."""
-        return 1 - sum(self.busy_seconds[rank] for rank in self.ranks) / (len(self.ranks) * self.seconds)
+        whole = len(self.ranks) * self.seconds
+        return 1 - sum(self.busy_seconds[rank] for rank in self.ranks) / whole if whole else 0.0
 
     @property
     def longest_seconds(self) -> float:
@@ -85,7 +90,8 @@ class Timeline:
     @property
     def bubble_rate(self) -> float:
         """Share of the longest rank's time (`longest_seconds`) that the busiest rank does not work: the zero-bubble papers'."""
-        return 1 - max(self.busy_seconds[rank] for rank in self.ranks) / self.longest_seconds
+        whole = self.longest_seconds
+        return 1 - max(self.busy_seconds[rank] for rank in self.ranks) / whole if whole else 0.0
 
     def idle(self) -> dict[int, dict[str, float]]:
         """Idle seconds of each rank by cause; with its busy seconds they add up to `seconds`.
