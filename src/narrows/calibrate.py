@@ -1,182 +1,334 @@
-"""Measuring the machine that narrows runs on: a few seconds of matrix products and copies, written as a Machine."""
+"""Measuring the machine that narrows runs on: under a minute of kernels and small networks, written as a Machine."""
 
+import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
+from narrows import probes
+from narrows.cost import Cost, cost
+from narrows.costmodel import op_time, peak, useful
 from narrows.errors import NarrowsError, require
+from narrows.graph import BF16, FP32, Op
 from narrows.machine import Machine, Memory
+from narrows.probes import Probe
+from narrows.step import Step
 
-if TYPE_CHECKING:
-    import torch
-
-# (rows, inputs, outputs): shapes between a small encoder's and a 7B decoder's, none a power of two alone
-SHAPES = ((128, 576, 1536), (32, 1536, 576), (256, 768, 3072), (64, 384, 1536), (256, 2048, 2048), (64, 4096, 4096))
-# (channels in, channels out, side of the image, side of the kernel, stride): one of each kind in a ResNet
-CONVOLUTIONS = ((64, 64, 56, 3, 1), (256, 512, 56, 1, 2), (256, 256, 14, 3, 1), (1024, 2048, 14, 1, 2), (2048, 512, 7, 1, 1))
-STREAMS = ((576, 576), (576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (576, 49152))  # inputs, outputs
-STREAM_BYTES = 200_000_000  # so many bytes of matrices are read in turn: far beyond any cache that one core may fill
+Progress = Callable[[str], None]
+Times = list[tuple[Probe, float]]
+Efficiency = dict[str, dict[str, float]]
+PASS_SECONDS = 0.04  # one pass over the layers of a probe: enough of them to leave the caches, and no more
+ACTS = (FP32, BF16)
 
 
 def cpu_seconds(work: Callable[[], object], rounds: int = 5, least: float = 0.01) -> list[float]:
     """CPU seconds of one call, for each of `rounds` timings of at least `least` seconds; the first call is not counted."""
-    work()
-    start = time.process_time()
-    work()
-    repeats = max(1, int(least / max(time.process_time() - start, 1e-7)))
-    found = []
-    for _ in range(rounds):
-        start = time.process_time()
+    return _timed(work, rounds, least, time.process_time, lambda: None)
+
+
+def cuda_seconds(work: Callable[[], object], rounds: int = 5, least: float = 0.01) -> list[float]:
+    """Seconds of one call on the GPU that torch uses, waiting for its end; as `cpu_seconds` otherwise."""
+    import torch
+
+    return _timed(work, rounds, least, time.perf_counter, torch.cuda.synchronize)
+
+
+def _timed(
+    work: Callable[[], object], rounds: int, least: float, clock: Callable[[], float], wait: Callable[[], None]
+) -> list[float]:
+    def timing(repeats: int) -> float:
+        wait()
+        start = clock()
         for _ in range(repeats):
             work()
-        found.append((time.process_time() - start) / repeats)
-    return found
+        wait()
+        return (clock() - start) / repeats
+
+    timing(1)
+    once = timing(1)
+    repeats = max(1, int(least / max(once, 1e-7)))
+    return [once, *(timing(1) for _ in range(rounds - 1))] if repeats == 1 else [timing(repeats) for _ in range(rounds)]
 
 
-def calibrate(progress: Callable[[str], None] = lambda _: None) -> Machine:
-    """This CPU, one thread, as a Machine: what a noisy shared machine can repeat. About 15 seconds; needs torch.
+@dataclass(frozen=True)
+class Bench:
+    """Where probes run and how long they take: a device as torch names it, a timer, and what makes a call bare of the host.
 
-    Peaks are the best product measured, so that every fraction of them is below one; a format's fraction
-    (`matmul-int4`) is the median over the shapes, with the 10 % and 90 % quantile. Bandwidths are those of a
-    product with one row, which reads its matrix once: that is what decoding does. Tiles count as one number each,
-    since what a shape loses is in those fractions already.
+    `seconds` of a probe is the mean over its calls, of the best of a few rounds.
+    """
+
+    device: str
+    title: str
+    kind: str
+    memory_bytes: float
+    units: int
+    timer: Callable[[Callable[[], object], int, float], list[float]]
+    recorded: Callable[[Callable[[], object]], Callable[[], object]] = lambda work: work
+
+    def seconds(self, probe: Probe) -> float:
+        import torch
+
+        whole = len(probe.ops) > 1 or probe.op.repeat > 1  # a network runs as the user runs it, host and all
+        with torch.inference_mode():
+            calls = probe.calls()
+            first = next(calls)
+            each = min(self.timer(first, 1, 0.0))
+            cycle = [first, *islice(calls, max(1, int(PASS_SECONDS / each)))]
+
+            def work() -> None:
+                for call in cycle:
+                    call()
+
+            best = min(self.timer(work, 5, 0.05) if whole else self.timer(self.recorded(work), 3, 0.01))
+        return best / len(cycle)
+
+
+def bench_of(device: str = "auto") -> Bench:
+    """The bench of `cpu` (one thread, CPU seconds), `cuda`, or `auto`: cuda where there is one. NarrowsError without it."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise NarrowsError(
+            "torch finds no CUDA device.", where="--device cuda", remedy="Use --device cpu, or install torch for CUDA."
+        )
+    if device == "cpu" or not there:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Bench("cpu", f"{_cpu_name()}, one thread", "cpu", memory, 1, cpu_seconds)
+    gpu = torch.cuda.get_device_properties()
+    return Bench("cuda", gpu.name, "gpu", gpu.total_memory, gpu.multi_processor_count, cuda_seconds, _cuda_graph)
+
+
+def _cuda_graph(work: Callable[[], object]) -> Callable[[], object]:
+    """The kernels of `work` recorded once and launched together, so that their time is the device's and not the host's."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay  # type: ignore[no-any-return]
+
+
+def calibrate(progress: Progress = lambda _: None, device: str = "auto") -> Machine:
+    """This machine, as a Machine that predicts what torch reaches on it: under a minute; needs torch.
+
+    A CPU is measured on one thread in CPU seconds, which is what a noisy shared machine can repeat. Peaks and bandwidth
+    are the best of the large products and copies. What each class of kernel reaches of them (`efficiency`) is what makes
+    the cost model give the measured time: by row count for products, keys for attention, bytes for what is streamed.
+    At last small networks are timed as well: how far off their predictions are is the 80 % interval of every other.
     """
     require("calibrating this machine", "hf", "torch", "transformers")
     import torch
 
+    bench = bench_of(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.inference_mode():
-            return _measure(torch, progress)
+        return measured(bench, progress)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(torch, progress: Callable[[str], None]) -> Machine:  # type: ignore[no-untyped-def]
-    source = f"measured by narrows calibrate on {_cpu_name()}, one thread, torch {torch.__version__}"
-    rates: dict[str, list[float]] = {}  # FLOP/s over the shapes, by format
-    streams: dict[str, list[float]] = {}  # bytes/s of a one-row product, by format
-    convolutions: dict[str, list[float]] = {}  # FLOP/s over the shapes, by dtype
+def measured(bench: Bench, progress: Progress = lambda _: None) -> Machine:
+    """The machine behind a bench: `calibrate` for any place that probes can be timed on."""
 
-    def measure(
-        name: str, dtype: "torch.dtype", layer: Callable[[int, int], "torch.nn.Module"], shapes: int = len(SHAPES)
-    ) -> None:
-        progress(f"products in {name}")
-        rates[name] = [
-            2 * m * k * n / min(cpu_seconds(_call(layer(k, n), torch.ones(m, k, dtype=dtype)))) for m, k, n in SHAPES[:shapes]
-        ]
-        streams[name] = [_stream(partial(layer, k, n), torch.ones(1, k, dtype=dtype)) for k, n in STREAMS[:shapes]]
+    def timed(found: Iterable[Probe]) -> Times:
+        out = []
+        for probe in found:
+            progress(probe.name)
+            out.append((probe, bench.seconds(probe)))
+        return out
 
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        measure(name, dtype, partial(_plain, dtype=dtype))
-    for bits in (8, 4):
-        for act, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            measure(f"int{bits}-{act}", dtype, partial(_packed, bits=bits), shapes=3)
-    progress("copies and dispatch")
-    source_tensor = torch.ones(STREAM_BYTES // 4)
-    target = torch.empty_like(source_tensor)
-    copied = [2 * source_tensor.nbytes / t for t in cpu_seconds(lambda: target.copy_(source_tensor))]
-    dispatch = _dispatch_seconds(torch)
-    peaks = {name: max(rates[name]) for name in ("fp32", "bf16")}
-    bandwidth = max(max(copied), *(max(s) for s in streams.values()))
-    efficiency = {"memory": _quantiles([c / bandwidth for c in copied]), "vector": {"median": 1.0, "low": 1.0, "high": 1.0}}
-    for name, found in rates.items():
-        peak = peaks[name.split("-")[-1]]
-        efficiency[f"matmul-{name}"] = _quantiles([r / peak for r in found])
-    for name, found in convolutions.items():
-        efficiency[f"matmul-conv-{name}"] = _quantiles([r / peaks[name] for r in found])
-    for name, found in streams.items():
-        efficiency[f"memory-{name}"] = _quantiles([s / bandwidth for s in found])
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    machine = Machine(
-        name="here", title=f"{_cpu_name()}, one thread", kind="cpu", peak_flop_per_s=peaks,
-        memories=(Memory("dram", memory, bandwidth),), links=(), units=1, launch_seconds=dispatch, kernel_seconds=dispatch,
-        tile=(1, 1), power_watts=None, idle_watts=None, price_per_hour=None, storage=None, efficiency=efficiency,
-        provenance="calibrated", sources={},
-    )  # fmt: skip
+    where = bench.device
+    formats = {act.name: timed(probes.products(act, where)) for act in ACTS}
+    copied = timed([probes.copies(where)])
+    machine = _outline(bench, formats, copied, *timed([probes.smallest(where)]))
+    if bench.kind == "cpu":  # torch multiplies packed weights on CPUs alone
+        formats |= {f"int{bits}-{act.name}": timed(probes.products(act, where, bits)) for bits in (8, 4) for act in ACTS}
+    found: Efficiency = {"memory": _spread([_streamed(machine, *copied[0])])}
+    for name, times in formats.items():
+        found |= _of_products(machine, name, times)
+    for act in ACTS:
+        form = act.name
+        found |= _by_size(f"memory-norm-{form}", timed(probes.norms(act, where)), machine, _streamed, _written)
+        found |= _by_size(f"memory-pointwise-{form}", timed(probes.pointwise(act, where)), machine, _streamed, _written)
+        found |= _by_size(f"attention-{form}", timed(probes.attention(act, where)), machine, _computed, lambda op: op["context"])
+        found[f"vector-{form}"] = _spread([_computed(machine, *each) for each in timed(probes.transcendentals(act, where))])
+        for depthwise in (False, True):
+            arithmetic = f"matmul-conv{'-depthwise' * depthwise}-{form}"
+            memory = f"memory-{form}-{form}-{'depthwise' if depthwise else 'conv'}"
+            found[arithmetic], found[memory] = _roofline(machine, timed(probes.convolutions(act, where, depthwise)))
+    machine = _judged(replace(machine, efficiency=found), timed(probes.networks(where)))
+    source = f"measured by narrows calibrate on {bench.title}, torch {version('torch')}"
     return replace(machine, sources=dict.fromkeys(machine.figures(), source))
 
 
-def _call(layer: "torch.nn.Module", x: "torch.Tensor") -> Callable[[], object]:
-    return lambda: layer(x)
+def _judged(machine: Machine, whole: Times) -> Machine:
+    """The machine fitted to whole steps, and how far off it is on each when fitted to the others alone."""
+    off = []
+    for i, (probe, seconds) in enumerate(whole):
+        off.append(seconds / predicted(probe, _in_networks(machine, whole[:i] + whole[i + 1 :])))
+    fitted = _in_networks(machine, whole)
+    return replace(fitted, efficiency={**fitted.efficiency, "step": interval(off)})
 
 
-def _packed(inputs: int, outputs: int, bits: int) -> "torch.nn.Module":
-    import torch
+def _in_networks(machine: Machine, whole: Times) -> Machine:
+    """The machine with what whole steps show: launches, and how much less kernels reach among others.
 
-    from narrows.modules.packed_linear import PackedLinear, int4, int8, quantized
-
-    return PackedLinear.of(quantized(torch.ones(outputs, inputs), int4(64) if bits == 4 else int8()))
-
-
-def _plain(inputs: int, outputs: int, dtype: "torch.dtype") -> "torch.nn.Module":
-    import torch
-
-    return torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype)
-
-
-def _convolution(inputs: int, outputs: int, side: int, kernel: int, stride: int, dtype: "torch.dtype") -> float:
-    """FLOP per second of one convolution over one image."""
-    import torch
-
-    layer = torch.nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False, dtype=dtype)
-    image = torch.ones(1, inputs, side, side, dtype=dtype)
-    positions = (side // stride) ** 2
-    return 2 * positions * inputs * outputs * kernel**2 / min(cpu_seconds(_call(layer, image)))
-
-
-def _stream(layer: Callable[[], "torch.nn.Module"], x: "torch.Tensor") -> float:
-    """Bytes per second at which one-row products read layers that no cache holds."""
-    first = layer()
-    size: int = sum(t.numel() * t.element_size() for t in (*first.parameters(), *first.buffers()))
-    start = time.process_time()
-    first(x)
-    affordable = int(0.2 / (time.process_time() - start))  # a slow layer needs no more: the time is not the memory's
-    layers = [first, *(layer() for _ in range(min(STREAM_BYTES // size, max(affordable, 4))))]
-
-    def work() -> None:
-        for one in layers:
-            one(x)
-
-    return len(layers) * size / min(cpu_seconds(work, rounds=2))
-
-
-def _dispatch_seconds(torch) -> float:  # type: ignore[no-untyped-def]
-    """What eager Python costs per kernel: the slope over the depth of a decoder so narrow that nothing else takes time.
-
-    A bare `torch.add` takes a sixth of it: views, module calls and the cache's bookkeeping come with each kernel.
+    In a network the kernels in between use the same caches, and so does the code that launches them: a loop over one
+    small kernel takes a third of what it costs there. A CPU does both one after the other, so each step is a sum of them;
+    a GPU computes while the host launches, so the step with the least to compute shows the host alone.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from narrows.capture.torch import from_module
-    from narrows.step import Step
-    from narrows.verify import generation_steps
-
-    found = []
-    for layers in (2, 14):
-        sizes = {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "vocab_size": 64,
-        }
-        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes)).eval()
-        kernels = sum(op.kernels * op.repeat for op in from_module(model, Step.decode(1, 32)))
-        found.append((kernels, min(cpu_seconds(generation_steps(model, 32, 32)["decode"], rounds=15, least=0.01))))
-    (few, short), (many, long) = found
-    return max(long - short, 1e-9) / (many - few)
+    seconds = np.array([t for _, t in whole])
+    kernels = np.array([sum(op.kernels * op.repeat for op in probe.ops) for probe, _ in whole], dtype=float)
+    bare = replace(machine, launch_seconds=1e-12)
+    bodies = np.array([predicted(probe, bare) for probe, _ in whole])
+    if machine.kind == "cpu":
+        slower, launch = relative_fit(np.stack([bodies, kernels], 1), seconds)
+    else:
+        slower, launch = float(np.median(seconds / bodies)), float(np.min(seconds / kernels))
+    reached = {name: {key: value / slower for key, value in each.items()} for name, each in machine.efficiency.items()}
+    machine = replace(machine, launch_seconds=launch, efficiency=reached)
+    return replace(machine, efficiency={**reached, **_depthwise(machine, whole)})
 
 
-def _quantiles(values: Sequence[float]) -> dict[str, float]:
+def _depthwise(machine: Machine, whole: Times) -> Efficiency:
+    """What convolutions of each channel by itself reach, by dtype, in the networks that have them, whose caches are not warm."""
+    found: Efficiency = {}
+    for act in ACTS:
+        slower = []
+        for probe, seconds in whole:
+            own = tuple(op for op in probe.ops if op.kind == "conv" and op["groups"] == op["in_channels"] != 1 and op.act == act)
+            if own:
+                alone = predicted(replace(probe, ops=own), machine)
+                slower.append(max(seconds - predicted(probe, machine) + alone, alone / 2) / alone)
+        for name in (f"matmul-conv-depthwise-{act.name}", f"memory-{act.name}-{act.name}-depthwise") if slower else ():
+            found[name] = {key: value / float(np.median(slower)) for key, value in machine.efficiency[name].items()}
+    return found
+
+
+def relative_fit(terms: Any, seconds: Any) -> tuple[float, float]:
+    """The two factors, not below zero, with which `terms` [n, 2] sum to `seconds` [n]: least squares of the relative error.
+
+    The worst are weighed down, with Huber's weights at one and a half median errors.
+    """
+    share = terms / seconds[:, None]
+    weight, found = np.ones(len(seconds)), np.zeros(2)
+    for _ in range(20):
+        found = np.linalg.lstsq(share * weight[:, None], weight, rcond=None)[0]
+        if found.min() < 0:  # one term alone explains them better
+            kept = int(found.argmax())
+            a = share[:, kept] * weight
+            found = np.eye(2)[kept] * float(a @ weight) / float(a @ a)
+        error = np.abs(share @ found - 1)
+        weight = np.sqrt(np.minimum(1.0, (1.5 * np.median(error) + 1e-9) / np.maximum(error, 1e-9)))
+    return max(float(found[0]), 1e-15), max(float(found[1]), 1e-15)
+
+
+def predicted(probe: Probe, machine: Machine) -> float:
+    """Seconds that the cost model expects of a probe."""
+    return math.fsum(float(op_time(op, probe.step, machine, eager=True).seconds) for op in probe.ops)
+
+
+def _outline(bench: Bench, products: dict[str, Times], copied: Times, smallest: tuple[Probe, float]) -> Machine:
+    """The machine with its best rates, as if every kernel reached them and cost no more than one with nothing to do."""
+    rates = {name: max(float(_work(probe).flop) / seconds for probe, seconds in times) for name, times in products.items()}
+    streams = [_moved(probe) / seconds for times in (*products.values(), copied) for probe, seconds in times
+               if probe is copied[0][0] or probe.op["rows"] == 1]  # fmt: skip
+    bare = smallest[1] / smallest[0].op.kernels
+    gpu = bench.kind == "gpu"
+    memory = Memory("hbm" if gpu else "dram", bench.memory_bytes, max(streams))
+    return Machine(
+        name="here", title=bench.title, kind=bench.kind, peak_flop_per_s=rates, memories=(memory,), links=(),
+        units=bench.units, launch_seconds=bare, kernel_seconds=bare, tile=(128, 128) if gpu else (1, 1),
+        power_watts=None, idle_watts=None, price_per_hour=None, storage=None, efficiency={}, provenance="calibrated", sources={},
+    )  # fmt: skip
+
+
+def _work(probe: Probe) -> Cost:
+    return cost(probe.op, probe.step, eager=True)
+
+
+def _moved(probe: Probe) -> float:
+    return float(_work(probe).read_bytes + _work(probe).write_bytes)
+
+
+def _written(op: Op) -> float:
+    return float(cost(op, Step.forward(), eager=True).write_bytes) / op.kernels
+
+
+def _busy(machine: Machine, probe: Probe, seconds: float) -> float:
+    """Seconds without what a kernel costs that has nothing to do."""
+    return max(seconds - machine.kernel_seconds * float(_work(probe).launches), seconds / 2)
+
+
+def _computed(machine: Machine, probe: Probe, seconds: float) -> float:
+    """The share of the arithmetic peak with which the cost model gives the measured time."""
+    op = probe.op
+    ideal = float(_work(probe).flop) / peak(op, machine) / float(useful(op, op.sized(probe.step), machine))
+    return ideal / _busy(machine, probe, seconds)
+
+
+def _streamed(machine: Machine, probe: Probe, seconds: float) -> float:
+    """The share of the bandwidth with which the cost model gives the measured time."""
+    return _moved(probe) / machine.memory.bandwidth_bytes_per_s / _busy(machine, probe, seconds)
+
+
+def _of_products(machine: Machine, name: str, times: Times) -> Efficiency:
+    """Bandwidth by the size of the matrix, from one row, and arithmetic by rows, where more rows take longer than one."""
+    single = {(p.op["inputs"], p.op["outputs"]): seconds for p, seconds in times if p.op["rows"] == 1}
+    bound = [(p, t) for p, t in times if p.op["rows"] == max(probes.ROWS) or t > 1.2 * single[p.op["inputs"], p.op["outputs"]]]
+    alone = [(p, t) for p, t in times if p.op["rows"] == 1]
+    return {
+        **_by_size(f"memory-{name}", alone, machine, _streamed, lambda op: op.stored_bytes),
+        **_by_size(f"matmul-{name}", bound, machine, _computed, lambda op: op["rows"]),
+    }
+
+
+def _by_size(
+    name: str, times: Times, machine: Machine, solve: Callable[[Machine, Probe, float], float], size: Callable[[Op], Any]
+) -> Efficiency:
+    """What is reached at each size: `name-at32`."""
+    groups: dict[int, list[float]] = {}
+    for probe, seconds in times:
+        groups.setdefault(int(size(probe.op)), []).append(solve(machine, probe, seconds))
+    return {f"{name}-at{at}": _spread(values) for at, values in sorted(groups.items())}
+
+
+def _roofline(machine: Machine, times: Times) -> tuple[dict[str, float], dict[str, float]]:
+    """The shares of the arithmetic peak and of the bandwidth that together explain the times best (least absolute log error)."""
+    compute = np.array([_computed(machine, *each) for each in times])  # what each would need if nothing else bound it
+    memory = np.array([_streamed(machine, *each) for each in times])
+    at = [np.log(np.maximum(compute / c, memory / m)) for c in compute for m in memory]
+    best = min(range(len(at)), key=lambda i: float(np.abs(at[i]).sum()))
+    c, m = compute[best // len(memory)], memory[best % len(memory)]
+    low, high = (float(q) for q in np.exp(np.quantile(at[best], (0.1, 0.9))))
+    ends = [{"median": float(k), "low": float(k) * min(low, 1.0), "high": float(k) * max(high, 1.0)} for k in (c, m)]
+    return ends[0], ends[1]
+
+
+def interval(off: Sequence[float]) -> dict[str, float]:
+    """Where a further step's measured / predicted lies in 80 % of cases, if its logarithm is normal: Student's t of n - 1."""
+    logs = np.log(off)
+    n, z = len(logs), 1.2816
+    width = (z + (z**3 + z) / (4 * (n - 1))) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / n)
+    center = float(logs.mean())
+    return {"median": math.exp(center), "low": math.exp(center - width), "high": math.exp(center + width)}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
     low, median, high = (float(q) for q in np.quantile(values, (0.1, 0.5, 0.9)))
     return {"median": median, "low": low, "high": high}
 
@@ -194,7 +346,17 @@ def here_file() -> Path:
     return Path(os.environ.get("NARROWS_HOME", Path.home() / ".cache" / "narrows")) / "here.toml"
 
 
-def here(progress: Callable[[str], None] = lambda _: None) -> Machine:
+def keep(found: Machine, file: Path) -> None:
+    """Write a machine, whole or not at all, in a folder that is made where it is missing; NarrowsError where it cannot."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"it cannot be made ({error.strerror})."
+        raise NarrowsError(problem, where=str(file.parent), remedy="Set NARROWS_HOME, or give --out.") from None
+    found.save(file)
+
+
+def here(progress: Progress = lambda _: None) -> Machine:
     """This machine, from the file that an earlier calibration left, or calibrated now and kept."""
     from narrows.machine import machine
 
@@ -202,11 +364,5 @@ def here(progress: Callable[[str], None] = lambda _: None) -> Machine:
     if file.is_file():
         return machine(file)
     found = calibrate(progress)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NarrowsError(
-            f"it cannot be made ({error.strerror}).", where=str(file.parent), remedy="Set NARROWS_HOME to a folder."
-        ) from None
-    found.save(file)
+    keep(found, file)
     return found

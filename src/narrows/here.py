@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from narrows import samples
 from narrows.calibrate import cpu_seconds
 from narrows.capture.torch import from_module
 from narrows.diagnose import seconds
+from narrows.errors import NarrowsError
 from narrows.machine import Machine
 from narrows.plan import Plan
 from narrows.step import Step
@@ -41,37 +42,50 @@ class Case:
         return abs(self.predicted / self.measured - 1)
 
 
-def measure(machine: Machine, progress: Callable[[str], None] = lambda _: None) -> list[Case]:
-    """SmolLM2-135M, all-MiniLM-L6-v2 and a ResNet-50 of random weights, in every form each takes; one thread."""
+def measure(machine: Machine, progress: Callable[[str], None] = lambda _: None) -> tuple[list[Case], dict[str, str]]:
+    """SmolLM2-135M, all-MiniLM-L6-v2, EfficientNet-Lite0 and a ResNet-50 (the last two of random weights), on one thread.
+
+    Each in every form that it takes. Second: the models that are not installed, each with the reason.
+    """
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    cases: list[Case] = []
+    absent: dict[str, str] = {}
     try:
-        return [case for make in (_smollm2, _minilm, _resnet) for case in _cases(machine, make, progress)]
+        for name, (make, runs) in _MODELS.items():
+            try:
+                make()
+            except NarrowsError as error:
+                absent[name] = f"{error.problem} {error.remedy}"
+                continue
+            cases += _cases(machine, name, make, runs, progress)
     finally:
         torch.set_num_threads(threads)
+    return cases, absent
 
 
 Runs = Iterator[tuple[str, Step, Callable[[], object]]]
 
 
 def _cases(
-    machine: Machine, make: "Callable[[], tuple[str, torch.nn.Module, Callable[[Any], Runs]]]", progress: Callable[[str], None]
+    machine: Machine,
+    name: str,
+    make: "Callable[[], torch.nn.Module]",
+    runs: Callable[[Any], Runs],
+    progress: Callable[[str], None],
 ) -> list[Case]:
     found = []
     for text in PLANS:
-        name, model, runs = make()
-        plan = Plan.parse(text)
-        if plan.steps and not plan.check(replace(from_module(model, Step.forward(1, 64)), eager=True), None, Step.forward(1, 64)):
+        model, plan, step = make(), Plan.parse(text), Step.forward(1, 64)
+        if plan.steps and not plan.check(replace(from_module(model, step), eager=True), None, step):
             continue
         model = plan.apply(model, [samples_batch()]) if plan.steps else model
         for label, step, run in runs(model):
             progress(f"{name} {text} {label}")
-            predicted, low, high = seconds(replace(from_module(model, step), eager=True), machine, step)
-            found.append(
-                Case(name, text, label, min(cpu_seconds(run, rounds=5, least=0.05)), float(predicted), float(low), float(high))
-            )  # type: ignore[arg-type]
+            predicted, low, high = (float(end) for end in seconds(replace(from_module(model, step), eager=True), machine, step))  # type: ignore[arg-type]
+            found.append(Case(name, text, label, min(cpu_seconds(run, rounds=5, least=0.05)), predicted, low, high))
     return found
 
 
@@ -82,37 +96,42 @@ def samples_batch() -> "dict[str, torch.Tensor]":
     return {"input_ids": torch.arange(1, 33)[None]}
 
 
-def _smollm2() -> "tuple[str, torch.nn.Module, Callable[[Any], Runs]]":
-    def runs(model: Any) -> Runs:
-        for size in (32, 256):
-            steps = generation_steps(model, size, size)
-            yield f"prefill {size}", Step.prefill(1, size), steps["prefill"]
-            yield f"decode after {size}", Step.decode(1, size), steps["decode"]
-
-    return "smollm2-135m", samples.smollm2()[0], runs
+def _generation(model: Any) -> Runs:
+    for size in (32, 256):
+        steps = generation_steps(model, size, size)
+        yield f"prefill {size}", Step.prefill(1, size), steps["prefill"]
+        yield f"decode after {size}", Step.decode(1, size), steps["decode"]
 
 
-def _minilm() -> "tuple[str, torch.nn.Module, Callable[[Any], Runs]]":
+def _sentences(model: Any) -> Runs:
     import torch
 
-    def runs(model: Any) -> Runs:
-        for batch, tokens in ((1, 64), (16, 64), (4, 256)):
-            ids = torch.randint(1000, 20_000, (batch, tokens), generator=torch.Generator().manual_seed(0))
-            yield f"forward {batch} x {tokens}", Step.forward(batch, tokens), partial(_forward, model, input_ids=ids)
-
-    return "all-minilm-l6-v2", samples.minilm()[0], runs
+    for batch, tokens in ((1, 64), (16, 64), (4, 256)):
+        ids = torch.randint(1000, 20_000, (batch, tokens), generator=torch.Generator().manual_seed(0))
+        yield f"forward {batch} x {tokens}", Step.forward(batch, tokens), partial(_forward, model, input_ids=ids)
 
 
-def _resnet() -> "tuple[str, torch.nn.Module, Callable[[Any], Runs]]":
+def _images(model: Any, name: str) -> Runs:
     import torch
+
+    for batch in (1, 4):
+        pixels = torch.ones(batch, 3, 224, 224, dtype=next(model.parameters()).dtype)
+        yield f"forward {batch} images", Step.forward(batch), partial(_forward, model, **{name: pixels})
+
+
+def _resnet() -> "torch.nn.Module":
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    def runs(model: Any) -> Runs:
-        for batch in (1, 4):
-            pixels = torch.ones(batch, 3, 224, 224, dtype=next(model.parameters()).dtype)
-            yield f"forward {batch} images", Step.forward(batch), partial(_forward, model, pixel_values=pixels)
+    model: torch.nn.Module = ResNetForImageClassification(ResNetConfig(num_labels=1000)).eval()
+    return model
 
-    return "resnet-50", ResNetForImageClassification(ResNetConfig(num_labels=1000)).eval(), runs
+
+_MODELS: "dict[str, tuple[Callable[[], torch.nn.Module], Callable[[Any], Runs]]]" = {
+    "smollm2-135m": (lambda: samples.smollm2()[0], _generation),
+    "all-minilm-l6-v2": (lambda: samples.minilm()[0], _sentences),
+    "efficientnet-lite0": (samples.efficientnet, partial(_images, name="inputs")),
+    "resnet-50": (_resnet, partial(_images, name="pixel_values")),
+}
 
 
 def _forward(model: Any, **inputs: Any) -> object:
@@ -122,8 +141,11 @@ def _forward(model: Any, **inputs: Any) -> object:
         return model(**inputs)
 
 
-def summary(cases: list[Case]) -> dict[str, Any]:
-    """Errors over the cases, and how often the prediction tells which of two forms of a model is the faster at a step."""
+def summary(cases: list[Case], absent: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Errors over the cases, and how often the prediction tells which of two forms of a model is the faster at a step.
+
+    `absent`: the models that were not measured, and why.
+    """
     calls = right = 0
     for a, b in itertools.combinations(cases, 2):
         if (a.model, a.step) == (b.model, b.step) and abs(a.measured / b.measured - 1) > TOO_CLOSE:
@@ -132,12 +154,13 @@ def summary(cases: list[Case]) -> dict[str, Any]:
     worst = max(cases, key=lambda c: c.error)
     return {
         "name": "here",
-        "rows": len(cases),
+        "rows": len(cases) + len(absent or {}),
         "covered": len(cases),
         "mape": statistics.fmean(c.error for c in cases),
         "median": statistics.median(c.error for c in cases),
         "worst": {**asdict(worst), "error": worst.error},
         "coverage80": statistics.fmean(c.low <= c.measured <= c.high for c in cases),
         "faster_or_slower": {"cases": calls, "right": right},
+        "absent": [{"model": model, "reason": reason} for model, reason in (absent or {}).items()],
         "measurements": [{**asdict(c), "error": c.error} for c in cases],
     }

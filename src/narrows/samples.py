@@ -56,6 +56,15 @@ def minilm() -> tuple["torch.nn.Module", Any]:
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
+def efficientnet() -> "torch.nn.Module":
+    """EfficientNet-Lite0 (Apache-2.0) with random weights: its published ones come as a pickle, which narrows does not read."""
+    _site("efficientnet_lite_pytorch", "0.1.0")
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model: torch.nn.Module = EfficientNet.from_name("efficientnet-lite0").eval()
+    return model
+
+
 def tiny_llama(layers: int, tokens: int, positions: int = 512) -> "tuple[torch.nn.Module, list[Mapping[str, torch.Tensor]]]":
     """(model, two batches of [2, tokens]): a Llama of random weights, 32 wide, for examples; always the same one."""
     import torch

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from narrows.cli import evidence, hardware, models, planning, serving
+from narrows.cli import evidence, hardware, models, planning, running, serving
 from narrows.errors import NarrowsError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -54,6 +54,7 @@ for _command in (
     models.verify,
     serving.simulate,
     planning.plan,
+    running.run,
     evidence.papers,
     evidence.reproduce,
     hardware.machines,

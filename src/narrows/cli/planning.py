@@ -1,5 +1,6 @@
 """Commands that plan: the fastest layout of a training step on a cluster, and the settings that launch it."""
 
+import json
 import sys
 
 import click
@@ -20,6 +21,7 @@ def plan() -> None:
 @click.option("--global-batch", "-g", "batch", type=int, required=True, help="Sequences of a step.")
 @click.option("--seq", "-s", "sequence", type=int, default=4096, show_default=True, help="Tokens of a sequence.")
 @click.option("--memory", metavar="SIZE", help="What a device may hold, like 70GB (default: all of its memory).")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Of activations (default: bf16, or fp16 if it must).")
 @click.option("--framework", type=click.Choice(["megatron", "deepspeed", "fsdp"]), default="megatron", show_default=True,
               help="Whose fitted constants count.")  # fmt: skip
 @click.option("--schedule", "schedules", multiple=True, metavar="NAME", help="Pipeline schedules to try (default: 1f1b).")
@@ -29,29 +31,35 @@ def plan() -> None:
 @click.option("--pareto", is_flag=True, help="Also all that nothing beats in time, memory, devices, energy and price.")
 @click.option("--emit", "target", metavar="FRAMEWORK", help="Print launch settings: megatron, deepspeed, torchtitan, accelerate.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Keep the best layout as a plan file (with --emit: the settings).")
+@click.option("--timeline", type=click.Path(dir_okay=False),
+              help="Keep the best one's pipeline, pass by pass: a picture (.svg), or a Chrome (Perfetto) trace.")  # fmt: skip
 @as_json_option
-def train(model: str, cluster: str, devices: int | None, batch: int, sequence: int, memory: str | None, framework: str,
-          schedules: tuple[str, ...], offloads: tuple[str, ...], layout: str | None, top: int, pareto: bool,
-          target: str | None, out: str | None, as_json: bool) -> None:  # fmt: skip
+def train(model: str, cluster: str, devices: int | None, batch: int, sequence: int, memory: str | None, dtype: str | None,
+          framework: str, schedules: tuple[str, ...], offloads: tuple[str, ...], layout: str | None, top: int, pareto: bool,
+          target: str | None, out: str | None, timeline: str | None, as_json: bool) -> None:  # fmt: skip
     """The fastest layout of a training step of MODEL that fits, why it is fastest, and what limits it. Exit 1 if none fits."""
     from narrows import layout as layouts
     from narrows.capture import capture
+    from narrows.free import cast
+    from narrows.graph import DTYPES
     from narrows.machine import cluster as find
     from narrows.search import train as search
     from narrows.units import parse_bytes
 
     group = find(cluster)
     room = parse_bytes(memory) if memory else 0
-    job = search.Job(capture(model), group, group.devices if devices is None else devices, batch, sequence, room, framework)
+    chosen = dtype or ("bf16" if group.machine.computes_in("bf16") == "bf16" else "fp16")
+    graph = cast(capture(model), DTYPES[chosen])
+    job = search.Job(graph, group, group.devices if devices is None else devices, batch, sequence, room, framework)
     if layout is not None:
         found = search.TrainPlan(job, 1, 0.0, (search.price(job, layouts.Layout.parse(layout)),), ())
     else:
         space = search.Space(schedule=schedules or ("1f1b",), offload=offloads or ("none",))
         found = search.plan_train(job, space, top, pareto)
     settings = None
-    if target or out:
+    if target or out or timeline:
         if not found.best:
-            raise NarrowsError("no layout fits.", where="--emit" if target else "--out", remedy="Give more devices or memory.")
+            raise NarrowsError("no layout fits.", where="plan train", remedy="Give more devices or memory.")
         best = found.best[0].layout
         about = {"model": model, "cluster": cluster, "sequence": sequence, "step_seconds": found.best[0].seconds}
         settings = layouts.dump(best, **about)
@@ -59,6 +67,12 @@ def train(model: str, cluster: str, devices: int | None, batch: int, sequence: i
             from narrows.emit import emit
 
             settings = emit(target, best, job.graph, sequence, job.cluster.devices_per_node)
+        if timeline:
+            from narrows.report.gantt import gantt
+            from narrows.simulate.played import played
+
+            step = played(job.graph, job.cluster, best, sequence, framework)[0]
+            write_file(timeline, gantt(step, str(best)) if timeline.endswith(".svg") else json.dumps(step.trace()))
     if settings and out:
         write_file(out, settings)
     if as_json:

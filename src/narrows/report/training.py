@@ -59,7 +59,7 @@ def choice_table(title: str, found: tuple[Choice, ...]) -> Table:
     )
     heads = columns(
         "layout:prose",
-        "devices:number:90",
+        "devices:number",
         "step:number",
         "of peak:number",
         "memory:number",
