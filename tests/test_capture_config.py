@@ -38,7 +38,7 @@ PUBLISHED: dict[str, int | tuple[float, float]] = {
     "falcon-h1-7b": (7.59e9, 0.005), "bert-base": 109_514_298, "bert-large": 335_174_458, "modernbert-base": 149_655_232,
     "vit-b-16": 86_567_656, "vit-l-16": 304_326_632, "clip-vit-l-14": 427_616_513, "t5-base": 222_903_552,
     "t5-11b": 11_307_321_344, "whisper-large-v3": 1_543_490_560, "smollm2-135m": 134_515_008, "smollm2-1.7b": 1_711_376_384,
-    "all-minilm-l6-v2": 22_713_216,
+    "all-minilm-l6-v2": 22_713_216, "megatron-530b": (529.6e9, 1e-3), "megatron-1t": (1008e9, 1e-3),
 }  # fmt: skip
 
 LLAMA: dict[str, Any] = {

@@ -44,6 +44,7 @@ TARGETS: dict[str, float] = {
     "training-single-node": 0.20,
     "training-tuning-log": 0.15,
     "training-llm-foundry": 0.10,
+    "training-memory": 0.10,
     "serving-tpot": 0.20,
     "serving-ttft": 0.40,
     "splitwise-prompt": 0.12,

@@ -105,6 +105,26 @@ def progress(title: str) -> Iterator[Tell]:
         yield tell
 
 
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed: the first time the command may end in good order, the second time it stops at once."""
+    import signal
+
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+        click.echo("stopping: what is known so far follows.", err=True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=1, default=str))
 

@@ -1,13 +1,30 @@
-"""Commands that simulate: what the clients of a serving engine would see."""
+"""Commands on serving: what the clients of an engine would see, and the cheapest deployment for a load."""
 
 import resource
+import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from narrows.cli.options import as_json_option, console, grouped_options, print_json, progress, target
+from narrows.cli.options import (
+    as_json_option,
+    console,
+    grouped_options,
+    interruptible,
+    print_json,
+    progress,
+    target,
+    write_file,
+)
+from narrows.cli.planning import plan
 from narrows.errors import NarrowsError
+
+if TYPE_CHECKING:
+    from narrows.search.screen import Kind
+
+KEPT = 1000  # requests in a trace of their times: more cannot be told apart in a picture
 
 
 @click.group()
@@ -27,6 +44,11 @@ load_options = grouped_options(
 )
 
 
+context_option = click.option(
+    "--context", type=int, help="Tokens that a request may have, longer ones are rejected (default: the model's own)."
+)
+
+
 @simulate.command()
 @click.argument("model")
 @click.option("--machine", "-m", required=True, metavar="NAME|FILE", help="Of a replica.")
@@ -39,38 +61,77 @@ load_options = grouped_options(
 @click.option("--max-tokens", type=int, help="Rows of a step (default: the engine's).")
 @click.option("--blocks", default=0, help="Of keys and values per replica, as the engine reports them (default: what is left).")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Run it in this dtype (default: the model's own).")
+@context_option
 @load_options
 @click.option("--ttft", default=float("inf"), help="Seconds to the first token that a request must keep to count as good.")
 @click.option("--tpot", default=float("inf"), help="Seconds per further token that it must keep.")
+@click.option("--saturation", "flood", is_flag=True, help="Also the rate of requests beyond which they pile up.")
+@click.option("--what-if", "what_ifs", is_flag=True, help="Also what 10 % more compute, bandwidth and link would give.")
+@click.option("--chrome", type=click.Path(dir_okay=False), help="Keep the first 1000 requests as a Chrome (Perfetto) trace.")
 @as_json_option
 def serve(model: str, machine: str, devices: int, replicas: int, prefill: int, prefill_machine: str | None, engine: str,
-          max_sequences: int | None, max_tokens: int | None, blocks: int, dtype: str | None, ttft: float, tpot: float,
-          as_json: bool, **load: Any) -> None:  # fmt: skip
-    """What clients of MODEL would see: percentiles, goodput, and where the time of the slow requests goes."""
+          max_sequences: int | None, max_tokens: int | None, blocks: int, dtype: str | None, context: int | None,
+          ttft: float, tpot: float, flood: bool, what_ifs: bool, chrome: str | None, as_json: bool,
+          **load: Any) -> None:  # fmt: skip
+    """What clients of MODEL would see: percentiles, goodput, and where the time of the slow requests goes.
+
+    Ctrl-C ends the load: the requests so far are answered, and what they saw is printed.
+    """
     from narrows.capture import capture
+    from narrows.capture.config import longest
     from narrows.free import cast
     from narrows.graph import DTYPES
-    from narrows.simulate import fleet
+    from narrows.simulate import asked, fleet
 
     started = time.process_time()
     graph = capture(model)
     graph = cast(graph, DTYPES[dtype]) if dtype else graph
     own = fleet.rules(engine, max_sequences=max_sequences, max_tokens=max_tokens)
-    group = fleet.Group(graph, target(machine), own, devices, replicas, blocks)
+    most = longest(model) if context is None else context
+    group = fleet.Group(graph, target(machine), own, devices, replicas, blocks, context=most)
     apart = fleet.Group(graph, target(prefill_machine or machine), own, devices, prefill, blocks) if prefill else None
-    with progress("serving") as tell:
-        found = fleet.serve(told(requests_of(**load), tell), group, apart, ttft=ttft, tpot=tpot)
+    kept: list[Any] = []
+
+    def keep(answer: Any) -> None:
+        if len(kept) < KEPT:
+            kept.append(answer)
+
+    with progress("serving") as tell, interruptible() as stopped:
+        found = fleet.serve(
+            told(requests_of(**load), tell, stopped), group, apart, ttft=ttft, tpot=tpot, each=keep if chrome else None
+        )
+    more: dict[str, Any] = {"interrupted": True} if stopped() else {}
+    if flood:
+        more["saturation_requests_per_s"] = asked.saturation(requests_of(**load), group, apart)
+    if what_ifs:
+        more["what_if"] = asked.what_if(lambda one, other: fleet.serve(requests_of(**load), one, other), group, apart)
+    if chrome:
+        asked.timeline(kept).save_trace(Path(chrome))
+        click.echo(f"wrote {chrome}", err=True)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cost = {"cpu_seconds": time.process_time() - started, "peak_rss_bytes": rss}
     if as_json:
         setting = {"model": graph.name, "machine": group.machine.name, "engine": engine, "blocks": group.room()}
-        print_json({**setting, **found.as_json(), **cost})
-        return
+        print_json({**setting, **found.as_json(), **more, **cost})
+    else:
+        _show(found, graph.name, group, apart, engine, more)
+    if stopped():
+        sys.exit(130)
+
+
+def _show(found: Any, name: str, group: Any, apart: Any, engine: str, more: dict[str, Any]) -> None:
     from narrows.report.terminal import show_outcome
 
-    place = f"{replicas} x {devices} {group.machine.name}"
-    aside = f", prompts on {prefill} x {devices} {apart.machine.name}" if apart else ""
-    show_outcome(found, f"{graph.name} on {place}{aside}, {engine}", console())
+    place = f"{group.replicas} x {group.devices} {group.machine.name}"
+    aside = f", prompts on {apart.replicas} x {apart.devices} {apart.machine.name}" if apart else ""
+    show_outcome(found, f"{name} on {place}{aside}, {engine}", console())
+    if "saturation_requests_per_s" in more:
+        click.echo(f"It saturates at {more['saturation_requests_per_s']:.3g} requests a second.")
+    for resource_name, ratios in more.get("what_if", {}).items():
+        changes = ", ".join(f"{key} {value - 1:+.1%}" for key, value in ratios.items())
+        click.echo(f"With 10 % more {resource_name}: {changes}.")
+    if more.get("interrupted"):
+        click.echo(f"Interrupted after {found.requests + found.rejected:,} requests; these were answered.", err=True)
 
 
 def requests_of(trace: str | None, rate: float | None, count: int | None, prompt: float, output: float, spread: float,
@@ -91,9 +152,94 @@ def requests_of(trace: str | None, rate: float | None, count: int | None, prompt
     return workload.generate(rate, count or 1000, workload.Lengths(prompt, output, spread, spread), seed, burst)
 
 
-def told(requests: Any, tell: Any) -> Any:
-    """Requests as they pass, with a word of progress for every thousand."""
+def told(requests: Any, tell: Any, stopped: Any = lambda: False) -> Any:
+    """Requests as they pass until someone wants to stop, with a word of progress for every thousand."""
     for i, request in enumerate(requests):
+        if stopped():
+            return
         if i % 1000 == 0:
             tell(f"request {i:,}")
         yield request
+
+
+FORMATS = ["own", "fp8", "int8"]
+
+
+@plan.command("serve")
+@click.argument("model")
+@click.option("--machines", "-m", multiple=True, required=True, metavar="NAME[:COUNT]",
+              help="A machine with how many there are (default: 8), or a cluster; again for another kind.")  # fmt: skip
+@load_options
+@click.option("--ttft", default=float("inf"), help="Seconds to the first token that a request must keep.")
+@click.option("--tpot", default=float("inf"), help="Seconds per further token that it must keep.")
+@click.option("--share", default=0.9, show_default=True, help="Of the requests that must keep both.")
+@click.option("--engine", default="vllm-v1", show_default=True, help="vllm-v1, vllm-v0, sglang or trtllm.")
+@context_option
+@click.option("--weights", multiple=True, type=click.Choice(FORMATS), help="Formats of weights to try (default: all).")
+@click.option("--cache", multiple=True, type=click.Choice(FORMATS[:2]), help="Formats of keys and values to try (default: all).")
+@click.option("--split", type=click.Choice(["together", "apart", "both"]), default="both", show_default=True,
+              help="Prompts are read beside decoding, apart from it, or try both.")  # fmt: skip
+@click.option("--top", default=5, show_default=True, type=click.IntRange(min=1), help="How many to show.")
+@click.option("--confirm", default=12, show_default=True, type=click.IntRange(min=0), help="How many to simulate.")
+@click.option("--emit", "emitted", metavar="ENGINE", help="Print launch commands of the best: vllm or sglang.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the launch commands to a file (with --emit).")
+@as_json_option
+def plan_serve(model: str, machines: tuple[str, ...], ttft: float, tpot: float, share: float, engine: str,
+               context: int | None, weights: tuple[str, ...], cache: tuple[str, ...], split: str, top: int, confirm: int,
+               emitted: str | None, out: str | None, as_json: bool, **load: Any) -> None:  # fmt: skip
+    """The cheapest deployment of MODEL that serves a load within its limits, and why not others. Exit 1 if none does.
+
+    The load is --trace or --rate; without --requests its first 1000 are played. Ctrl-C shows what is known so far.
+    """
+    from narrows.capture import capture
+    from narrows.capture.config import longest
+    from narrows.search import serve as search
+    from narrows.search.screen import EVERY, Job, Space
+
+    load["count"] = load["count"] or 1000
+    kinds, most = tuple(_kind(text) for text in machines), longest(model) if context is None else context
+    job = Job(capture(model), kinds, tuple(requests_of(**load)), ttft, tpot, share, engine, most)
+    space = Space(
+        precision=weights or EVERY.precision,
+        cache=cache or EVERY.cache,
+        apart={"together": (False,), "apart": (True,), "both": EVERY.apart}[split],
+    )
+    with interruptible() as stopped:
+        found = search.plan_serve(job, space, top, confirm, stopped)
+    settings = None
+    if emitted:
+        from narrows.emit import emit_server
+
+        if not found.best:
+            raise NarrowsError("no deployment fits.", where="plan serve", remedy="Give more or larger devices.")
+        settings = emit_server(emitted, found.best[0].config, model, context or 0)
+    if settings and out:
+        write_file(out, settings)
+    if as_json:
+        print_json({**search.as_json(found), **({"settings": settings} if settings else {})})
+    elif settings and not out:
+        click.echo(settings, nl=False)
+    else:
+        from narrows.report.terminal import show_serve_plan
+
+        show_serve_plan(found, console())
+    if stopped():
+        sys.exit(130)
+    if not any(choice.keeps for choice in found.best):
+        sys.exit(1)
+
+
+def _kind(text: str) -> "Kind":
+    """Devices by name and number; a cluster has its own number of them, joined inside a node by its link."""
+    from dataclasses import replace
+
+    from narrows.machine import HOST_LINKS, cluster, clusters, machine
+    from narrows.search.screen import Kind
+
+    name, _, many = text.rpartition(":") if text.rpartition(":")[2].isdigit() else (text, "", "")
+    if name.lower() in clusters():
+        group = cluster(name)
+        host = (way for way in group.machine.links if way.name in HOST_LINKS and way.name != group.scale_up.name)
+        joined = replace(group.machine, links=(group.scale_up, *host), sources={})
+        return Kind(joined, int(many or group.devices), group.devices_per_node)
+    return Kind(machine(name), int(many or 8))

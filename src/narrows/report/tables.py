@@ -10,6 +10,7 @@ from narrows.claims import status
 from narrows.cost import CAUSES, Limit
 from narrows.diagnose import Diagnosis, OpDiagnosis
 from narrows.free import FREE
+from narrows.own import OWN
 from narrows.papers import paper
 from narrows.prescribe import Option, Prescription
 from narrows.step import Step
@@ -432,7 +433,7 @@ def next_command(p: Prescription) -> str:
 
 def why_not_table(p: Prescription) -> Table:
     """The built techniques that were not taken, with the reason; the described ones are counted, not listed."""
-    known = {*built(), *FREE}
+    known = {*built(), *FREE, *OWN}
     rows = tuple((Cell(slug), Cell(reason, tone="quiet")) for slug, reason in p.why_not.items() if slug in known)
     described = [slug for slug in p.why_not if slug not in known]
     kind = _BOTTLENECK.get(p.before.limit, p.before.limit.value)

@@ -9,8 +9,9 @@ from narrows.explain import findings
 from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.prescribe import Prescription
-from narrows.report import listings, tables, training
+from narrows.report import listings, serving, tables, training
 from narrows.report.tables import Cell, Column, Span, Table, clean
+from narrows.search.serve import ServePlan
 from narrows.search.train import TrainPlan
 from narrows.simulate.outcome import Outcome
 from narrows.technique import Reading
@@ -131,6 +132,16 @@ def show_train_plan(p: TrainPlan, console: "Console") -> None:
         _draw(training.choice_table("Beaten by none in time, memory, devices, energy and price", p.pareto), console)
     console.print()
     for line in (training.effort_sentence(p), *p.why_not):
+        _say(line, console, "dim")
+
+
+def show_serve_plan(p: ServePlan, console: "Console") -> None:
+    """The best deployment in a sentence, its rivals, and why not others."""
+    _say(serving.plan_sentence(p), console, "bold")
+    if p.best:
+        _draw(serving.deployment_table(p), console)
+    console.print()
+    for line in (serving.effort_sentence(p), *p.why_not):
         _say(line, console, "dim")
 
 

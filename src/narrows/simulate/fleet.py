@@ -2,9 +2,9 @@
 
 import math
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from heapq import heappop, heappush
 from importlib.resources import files
 from typing import Any
@@ -13,11 +13,11 @@ from narrows.diagnose import prepared
 from narrows.errors import NarrowsError, closest
 from narrows.footprint import footprint
 from narrows.graph import Graph
-from narrows.machine import Machine
+from narrows.machine import Link, Machine
 from narrows.simulate.closed_loop import constants
 from narrows.simulate.outcome import Outcome
 from narrows.simulate.serving import Answer, Engine, Request, Rules
-from narrows.simulate.step_times import PS, StepTimes
+from narrows.simulate.step_times import PS, Overlap, StepTimes
 from narrows.step import Step
 
 VISIBLE = 0.98  # of the datasheet's memory that the driver shows: an RTX 4090 reports 25.25 of 25.77 GB
@@ -52,6 +52,10 @@ class Group:
     blocks   of keys and values per replica, as the engine reports them; 0: what is left of the memory
     scale    factor on the time of every step (of a slower or capped device)
     utilization   share of the device's memory that the engine may fill
+    context  tokens that a request may have, prompt and answer together; longer ones are rejected (0: any)
+    overlap  of products, memory and network within a step (None: one after another)
+    wire     over which keys and values leave where prompts are read apart (None: the machine's own link)
+    streams  they leave layer by layer while a prompt is read, not after it
     """
 
     graph: Graph
@@ -62,13 +66,14 @@ class Group:
     blocks: int = 0
     scale: float = 1.0
     utilization: float = UTILIZATION
+    context: int = 0
+    overlap: Overlap | None = None
+    wire: Link | None = None
+    streams: bool = False
 
     def times(self) -> StepTimes:
         """The times of its steps, with what the engine adds."""
-        engine = _presets().get(self.rules.name, {}).get("times", "vllm")
-        c = constants(engine)
-        return StepTimes(self.graph, self.machine, self.devices, self.rules.max_tokens, self.rules.max_sequences,
-                         c["decode"] * self.scale, c["step_ms"] * 1e-3, c["sequence_us"] * 1e-6)  # fmt: skip
+        return _times(replace(self, replicas=1, blocks=0, utilization=1.0, wire=None, streams=False))
 
     def room(self) -> int:
         """Blocks of keys and values that a replica holds.
@@ -98,6 +103,14 @@ class Group:
         own = prepared(self.graph, Step.decode(1, 4096), self.machine, self.devices)
         one, two = (float(footprint(own, Step.decode(1, n)).kv_bytes) for n in (4095, 8191))
         return (two - one) / 4096 or one / 4096
+
+
+@lru_cache(maxsize=64)
+def _times(group: Group) -> StepTimes:
+    engine = _presets().get(group.rules.name, {}).get("times", "vllm")
+    c = constants(engine)
+    return StepTimes(group.graph, group.machine, group.devices, group.rules.max_tokens, group.rules.max_sequences,
+                     c["decode"] * group.scale, c["step_ms"] * 1e-3, c["sequence_us"] * 1e-6, group.overlap)  # fmt: skip
 
 
 Route = Callable[[Request, list[Engine]], int]
@@ -134,8 +147,9 @@ def serve(
         if each is not None:
             each(answer)
 
+    requests = _within(requests, group.context, outcome) if group.context else requests
     if prefill is None:
-        replicas = _started(group, done, outcome.reject)
+        replicas = _started(group, done, outcome)
         for request in requests:
             for engine in replicas:
                 engine.advance(request.arrival)
@@ -147,15 +161,51 @@ def serve(
     return _apart(requests, prefill, group, route, done, outcome)
 
 
-def _started(group: Group, emit: Callable[[Answer], None], reject: Callable[[Request, str], None]) -> list[Engine]:
+def _within(requests: Iterable[Request], context: int, outcome: Outcome) -> Iterator[Request]:
+    for request in requests:
+        if request.prompt + request.output > context:
+            outcome.reject(request, f"the model reads and writes {context} tokens at most")
+        else:
+            yield request
+
+
+def clients(requests: Iterable[Request], group: Group, count: int) -> Outcome:
+    """What so many clients see who each send their next request to one replica when the last is answered.
+
+    Arrivals of the requests do not count.
+    """
+    outcome, queue = Outcome(), iter(requests)
+
+    def send(now: int) -> None:
+        following = next(queue, None)
+        if following is not None:
+            engine.push(replace(following, arrival=now))
+
+    def done(answer: Answer) -> None:
+        outcome.add(answer)
+        send(answer.last)
+
+    def reject(request: Request, why: str) -> None:
+        outcome.reject(request, why)
+        send(request.arrival)
+
+    engine = Engine(group.times(), group.rules, group.room(), done, reject, outcome.pace)
+    for _ in range(count):
+        send(0)
+    engine.advance()
+    outcome.close([engine])
+    return outcome
+
+
+def _started(group: Group, emit: Callable[[Answer], None], outcome: Outcome) -> list[Engine]:
     times, blocks = group.times(), group.room()
-    return [Engine(times, group.rules, blocks, emit, reject) for _ in range(group.replicas)]
+    return [Engine(times, group.rules, blocks, emit, outcome.reject, outcome.pace) for _ in range(group.replicas)]
 
 
 def _apart(requests: Iterable[Request], prefill: Group, decode: Group, route: Route, done: Callable[[Answer], None],
            outcome: Outcome) -> Outcome:  # fmt: skip
     """Prompts are read by one group; then their keys and values travel to another, which decodes."""
-    wire = prefill.machine.link or prefill.machine.host_link
+    wire = prefill.wire or prefill.machine.link or prefill.machine.host_link
     if wire is None:
         raise NarrowsError(f"{prefill.machine.name} has no link.", where="disaggregated", remedy="Give one, or serve together.")
     bytes_per_token = prefill.token_bytes() * prefill.devices
@@ -172,13 +222,17 @@ def _apart(requests: Iterable[Request], prefill: Group, decode: Group, route: Ro
             done(replace(answer, request=whole))
             return
         read[number] = whole, answer
-        heappush(sent, (answer.last + latency + round(whole.prompt * bytes_per_token / wires * PS), number))
+        travel = round(whole.prompt * bytes_per_token / wires * PS)
+        if prefill.streams:  # what was made before the last layer has left meanwhile
+            travel = max(travel // layers, travel - answer.prompt * (layers - 1) // layers)
+        heappush(sent, (answer.last + latency + travel, number))
 
     def finished(answer: Answer) -> None:
         whole, before = read.pop(int(answer.request.name))
         done(before.then(whole, answer))
 
-    readers, writers = _started(prefill, arrived, outcome.reject), _started(decode, finished, outcome.reject)
+    readers, writers = _started(prefill, arrived, outcome), _started(decode, finished, outcome)
+    layers = readers[0].times.layers
 
     def deliver(until: int | None) -> None:
         while sent and (until is None or sent[0][0] <= until):

@@ -52,7 +52,7 @@ def constants(framework: str = "") -> dict[str, float]:
     """What a framework keeps (see `data/efficiency.toml`).
 
     gradient, states   bytes of a parameter's gradient, and of what the optimizer keeps of it
-    margin             share of activations and working memory lost to fragmentation
+    margin             share of all tensors lost to fragmentation
     runtime            bytes of the device that no tensor takes
     """
     tables = (fitted()["training-memory"], fitted().get(f"training-memory-{framework}", {}))
@@ -100,16 +100,15 @@ def memory(net: Network, layout: Layout, axes: Axes, stage: int, framework: str 
     if layout.offload in ("activations", "both"):
         activations = 2 * layer + outer  # the layer that is worked on, and the one on its way
     gathered = 2 * (net.layer.owned + net.layer.experts) * width * (np.asarray(axes.shard) == 3)
-    return Memory(
-        weights=held(width, 3),
-        gradients=held(c["gradient"], 2),
-        optimizer=0.0 * many if layout.offload in ("optimizer", "both") else held(c["states"] - 4 * (width >= 4), 1),
-        activations=activations,
-        working=busy,
-        buffers=gathered + 2 * width * min(BUCKET, dense) * ((np.asarray(axes.shard) % 3 > 0) & (replicas > 1)),
-        margin=c["margin"] * (activations + busy),
-        runtime=c["runtime"] + 0.0 * many,
-    )
+    tensors = {
+        "weights": held(width, 3),
+        "gradients": held(c["gradient"], 2),
+        "optimizer": 0.0 * many if layout.offload in ("optimizer", "both") else held(c["states"] - 4 * (width >= 4), 1),
+        "activations": activations,
+        "working": busy,
+        "buffers": gathered + 2 * width * min(BUCKET, dense) * ((np.asarray(axes.shard) % 3 > 0) & (replicas > 1)),
+    }
+    return Memory(**tensors, margin=c["margin"] * sum(tensors.values()), runtime=c["runtime"] + 0.0 * many)
 
 
 def peak_bytes(net: Network, layout: Layout, axes: Axes, framework: str = "") -> Any:

@@ -87,8 +87,9 @@ class Outcome:
     def add(self, answer: Answer) -> None:
         """One request more."""
         r = answer.request
-        ttft, whole = (answer.first - r.arrival) / PS, (answer.last - r.arrival) / PS
-        tpot = (answer.last - answer.first) / PS / (r.output - 1) if r.output > 1 else 0.0
+        first = r.arrival if r.read else answer.first  # it came with its first token
+        ttft, whole = (first - r.arrival) / PS, (answer.last - r.arrival) / PS
+        tpot = (answer.last - first) / PS / (r.output - 1) if r.output > 1 else 0.0
         self.ttft.add(ttft)
         self.e2e.add(whole)
         self.queue.add(answer.queue / PS)

@@ -6,7 +6,7 @@ Tell = Callable[[int, int, int, int], None]
 
 
 class Pace:
-    """Hands `tell` what passes between a sequence's tokens, as (picoseconds, by how much each is longer, how many, of how many).
+    """Hands `tell` what passes between tokens: picoseconds, how much more each time, how many times, in how many sequences.
 
     Sequences that gave a token in the last step wait the same; those that gave their first one since have waited less.
     """
@@ -15,20 +15,23 @@ class Pace:
         self._tell = tell
         self._last = 0
         self._fresh: dict[object, int] = {}
+        self._lost: dict[object, int] = {}
 
     def begin(self, sequence: object, now: int) -> None:
-        """A sequence has given its first token."""
+        """A sequence has given its first token, or the next after it lost its room."""
         if self._tell:
+            if sequence in self._lost:
+                self._tell(now - self._lost.pop(sequence), 0, 1, 1)
             self._fresh[sequence] = now
 
-    def end(self, sequence: object) -> None:
-        """A sequence gives no more for now."""
-        self._fresh.pop(sequence, None)
-
-    def late(self, gap: int) -> None:
-        """One sequence gave a token, after a gap."""
+    def lose(self, sequence: object) -> None:
+        """A sequence loses its room."""
         if self._tell:
-            self._tell(gap, 0, 1, 1)
+            self._lost[sequence] = self._fresh.get(sequence, self._last)
+
+    def end(self, sequence: object) -> None:
+        """A sequence is no longer among those that decode."""
+        self._fresh.pop(sequence, None)
 
     def steps(self, now: int, each: int, slope: int, n: int, sequences: int) -> None:
         """n steps begin now in which all `sequences` give a token: the first takes `each`, the others ever `slope` more."""

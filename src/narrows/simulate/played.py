@@ -84,7 +84,7 @@ def held_over_time(
     for rank in range(layout.pipeline):
         parts = memory(net, layout, axes, rank, framework)
         lost = 1 + memory_constants(framework)["margin"]
-        level = float(parts.weights + parts.gradients + parts.optimizer + parts.buffers + parts.runtime)
+        level = float(parts.weights + parts.gradients + parts.optimizer + parts.buffers) * lost + float(parts.runtime)
         changes: list[tuple[float, float]] = []
         for span in timeline.spans:
             one = span.name

@@ -244,6 +244,7 @@ class Engine:
         """Take a sequence's room; it waits at the head of the queue, to read its prompt and its answer so far again."""
         del self.running[last]
         if last.end:
+            self._pace.lose(last)
             self._drop(last)
             last.left = last.end - self.steps
             last.todo = last.request.prompt + last.request.output - last.left
@@ -456,14 +457,15 @@ class Engine:
             sequence.interference = self.now - sequence.admitted - sequence.own - sequence.host - sequence.out
         elif sequence.preempted >= 0:
             sequence.out += self.now - sequence.preempted
-            self._pace.late(self.now - sequence.preempted)
             sequence.preempted = -1
+        self._pace.begin(sequence, self.now)
         sequence.seen = self._spent
         sequence.left -= 1
         if self.rules.prefix_cache and sequence.request.hashes:
             sequence.pieces += self._pool.keep(sequence.request.hashes, sequence.request.prompt)
         if not sequence.left:
             del self.running[sequence]
+            self._pace.end(sequence)
             self._finish(sequence)
             return
         sequence.end = self.steps + sequence.left
@@ -471,7 +473,6 @@ class Engine:
         self._turns += 1
         sequence.turn = self._turns
         heappush(self._ends, (sequence.end, sequence.turn, sequence))
-        self._pace.begin(sequence, self.now)
         self._decoding += 1
         self._promised += sequence.end
         self._context += sequence.todo

@@ -11,6 +11,7 @@ Whole numbers make sums exact, so that many steps can be taken at once and give 
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -39,30 +40,53 @@ class Segment:
     slope: int
 
 
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Products, reading of caches and collectives of one step side by side on a device, each in its share of the units.
+
+    parts   batches into which a step is cut, so that one computes while another waits for memory or for others
+    memory, network   seconds that products take longer for every second of attention of decoding, and of collectives,
+                      that passes meanwhile: the share of the units it takes over the share of its speed it then has
+    """
+
+    parts: int = 2
+    memory: float = 0.5
+    network: float = 0.4
+
+
 class StepTimes:
     """The times of an engine's steps for a model on a machine, cut over `devices` by tensor parallelism.
 
     `factor` scales what the device does, `step_seconds` and `sequence_seconds` are the host's time of a step and for
-    each sequence in it. `most_rows` and `most_sequences` bound the tables. Raises NarrowsError for a model that keeps
-    no cache.
+    each sequence in it. `most_rows` and `most_sequences` bound the tables. With `overlap`, what can run side by side
+    does, in steps that it makes shorter. Raises NarrowsError for a model that keeps no cache.
     """
 
     def __init__(self, graph: Graph, machine: Machine, devices: int = 1, most_rows: int = 8192, most_sequences: int = 256,
-                 factor: float = 1.0, step_seconds: float = 0.0, sequence_seconds: float = 0.0) -> None:  # fmt: skip
+                 factor: float = 1.0, step_seconds: float = 0.0, sequence_seconds: float = 0.0,
+                 overlap: Overlap | None = None) -> None:  # fmt: skip
         ready = prepared(graph, Step.decode(1, 1), machine, devices)
         mixers = [op for op in ready if op.kind in _MIXERS]
         if not any(op["held"] for op in mixers):
             raise NarrowsError(f"{graph.name} keeps no cache.", where="serving", remedy="Give a model that decodes.")
         outputs = [op for op in ready if op.kind not in _MIXERS and _reads(op, "outputs")]
         rows = [op for op in ready if op.kind not in _MIXERS and not _reads(op, "outputs")]
-        self._machine, self._mixers, self._factor = machine, mixers, factor
+        self._machine, self._mixers, self._factor, self._overlap = machine, mixers, factor, overlap
         self.layers = sum(op.repeat for op in mixers)
         self._step = round(step_seconds * PS)
         self._each = round(sequence_seconds * PS)
         self._points = _grid(max(most_rows + most_sequences, 2))
-        sizes = Step.decode(np.array(self._points, float)[:, None], 1)
+        points = np.array(self._points, float)[:, None]
+        sizes = Step.decode(points, 1)
         started = float(_spent(mixers, Step.decode(1, 1), machine)[1])
-        self._rows, self._sent = (self._whole(t) for t in self._parts(rows, sizes, started))
+        whole, sent = self._parts(rows, sizes, started)
+        self._rows, self._sent = self._whole(whole), self._whole(sent)
+        if overlap:
+            each, wire = self._parts(rows, Step.decode(np.ceil(points / overlap.parts), 1), started)
+            beside = self._whole((each - wire) * overlap.parts + wire * overlap.parts * overlap.network)
+            self._rows = [min(pair) for pair in zip(self._rows, beside, strict=True)]
+            self._more = [b - r for b, r in zip(beside, self._rows, strict=True)]
+            self._beside: dict[tuple[int, int], tuple[list[int], list[Segment]]] = {}
         self._outputs, _ = (self._whole(t) for t in self._parts(outputs, sizes, 0.0))
         self._decoding: dict[int, tuple[list[int], list[Segment]]] = {}
         self._prompt_rows = [p for p in _grid(max(most_rows, 2), 64) if p <= max(most_rows, 2)]
@@ -122,11 +146,38 @@ class StepTimes:
         return round((low + (high - low) * y) * new)
 
     def decoding(self, sequences: int, context: int, rows: int) -> Segment:
-        """The linear piece on which attention of `sequences` decoding ones lies whose caches hold `context` tokens."""
+        """The linear piece on which attention of `sequences` decoding ones lies whose caches hold `context` tokens.
+
+        What it adds to a step of so many rows: with overlap less than it takes.
+        """
         if sequences not in self._decoding:
             self._table_decoding(sequences)
         starts, segments = self._decoding[sequences]
+        if self._overlap:
+            if (sequences, rows) not in self._beside:
+                self._beside[sequences, rows] = self._hidden(segments, rows, self._overlap.memory)
+            starts, segments = self._beside[sequences, rows]
         return segments[bisect_right(starts, context) - 1]
+
+    def _hidden(self, segments: list[Segment], rows: int, share: float) -> tuple[list[int], list[Segment]]:
+        """What is left to see of attention: all where cutting the step gains nothing, then `share`, then what outlasts the rest.
+
+        The time of a step in picoseconds is rows + min(attention, max(more + share x attention, attention - rows)).
+        """
+        beside, more = self._at(self._rows, rows), self._at(self._more, rows)
+        pieces: list[Segment] = []
+        for segment in segments:
+            at = [segment.start]
+            for attention in (more / (1 - share), (more + beside) / (1 - share)):
+                if segment.slope and attention > segment.base:
+                    at.append(segment.start + ceil((attention - segment.base) / segment.slope))
+            kept = sorted({start for start in at if not segment.end or start < segment.end})
+            for start, end in zip(kept, [*kept[1:], segment.end], strict=True):
+                whole = segment.base + segment.slope * (start - segment.start)
+                seen = min(whole, max(more + round(share * whole), whole - beside))
+                cut = seen == more + round(share * whole) and seen < whole
+                pieces.append(Segment(start, end, seen, round(share * segment.slope) if cut else segment.slope))
+        return [piece.start for piece in pieces], pieces
 
     def _table_decoding(self, sequences: int) -> None:
         """Fill in a stretch of batch sizes at once: the cost model takes arrays."""

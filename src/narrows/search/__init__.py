@@ -1,0 +1,1 @@
+"""Searches over designs: which layouts, sizes and settings are fastest within a budget."""

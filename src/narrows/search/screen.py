@@ -1,0 +1,433 @@
+"""Deployments that serve a load, screened in closed form.
+
+A replica that answers r requests a second holds B = r x tokens x tpot sequences (Little's law), of which a step takes
+t(B); reading a prompt costs w more, so that r = 1 / (w + tokens x t(B) / B) and tpot = t(B) + w B / tokens. Prompts wait
+as in an M/G/1 queue. Bursts, evictions, and shared prefixes that are lost are left to the simulation (search/serve.py).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from narrows.costmodel import ATTENTION
+from narrows.errors import NarrowsError
+from narrows.graph import FP8, Graph
+from narrows.machine import Machine
+from narrows.measured.kernels import format_of, in_format
+from narrows.simulate.blocks import PIECE
+from narrows.simulate.fleet import Group, rules
+from narrows.simulate.serving import Request
+from narrows.simulate.step_times import PS, StepTimes
+
+USES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # shares of its time that a replica reads
+SAMPLES = 16  # prompts, evenly spaced by length, that stand for all
+OWN = "own"  # the format that the model has
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """So many equal devices; a replica lies within a `node` of them."""
+
+    machine: Machine
+    count: int
+    node: int = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """A load to serve on the devices there are: `share` of the requests must keep `ttft` and `tpot` (seconds).
+
+    Requests of more than `context` tokens are rejected (0: none is).
+    """
+
+    graph: Graph
+    kinds: tuple[Kind, ...]
+    requests: tuple[Request, ...]
+    ttft: float = math.inf
+    tpot: float = math.inf
+    share: float = 0.9
+    engine: str = "vllm-v1"
+    context: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("kinds", "requests"):
+            if not getattr(self, name):
+                raise NarrowsError("there are none.", where=name, remedy="Give at least one.")
+        if rules(self.engine).batched:
+            raise NarrowsError(
+                f"{self.engine} does not batch as requests come.", where="engine", remedy="Give vllm-v1 or sglang."
+            )
+        if not (self.ttft > 0 and self.tpot > 0 and 0 < self.share < 1):
+            raise NarrowsError("a limit is not above 0, or the share not below 1.", where="ttft, tpot, share",
+                               remedy="Give seconds, and a share like 0.9.")  # fmt: skip
+
+    @property
+    def priced(self) -> bool:
+        """Whether what every device costs is known: else devices are counted instead of dollars."""
+        return all(kind.machine.price_per_hour for kind in self.kinds)
+
+    @cached_property
+    def rate(self) -> float:
+        """Requests a second; infinite where they all come at once."""
+        span = (self.requests[-1].arrival - self.requests[0].arrival) / PS
+        return (len(self.requests) - 1) / span if span else math.inf
+
+    @cached_property
+    def prompts(self) -> tuple[int, ...]:
+        """Tokens to read of typical prompts, shortest first, without what a cache of all prefixes holds."""
+        seen: set[int] = set()
+        left = []
+        for request in self.requests:
+            known = next((i for i, name in enumerate(request.hashes) if name not in seen), len(request.hashes))
+            seen.update(request.hashes)
+            left.append(max(request.prompt - PIECE * known, 1) if rules(self.engine).prefix_cache else request.prompt)
+        left.sort()
+        return tuple(left[min(int((i + 0.5) * len(left) / SAMPLES), len(left) - 1)] for i in range(SAMPLES))
+
+    @cached_property
+    def output(self) -> float:
+        """Mean tokens of an answer."""
+        return sum(r.output for r in self.requests) / len(self.requests)
+
+    @cached_property
+    def held(self) -> int:
+        """Tokens in the cache of a sequence that decodes, in the mean over its steps."""
+        return round(sum((r.prompt + r.output / 2) * r.output for r in self.requests) / sum(r.output for r in self.requests))
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is tried; formats that the machine or the model has not are left out."""
+
+    tensor: tuple[int, ...] = (1, 2, 4, 8)
+    precision: tuple[str, ...] = (OWN, "fp8", "int8")
+    cache: tuple[str, ...] = (OWN, "fp8")
+    max_sequences: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    max_tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    apart: tuple[bool, ...] = (False, True)
+
+
+EVERY = Space()
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Equal replicas: `tensor` devices each, the sequences that run at a time, the rows of a step."""
+
+    machine: Machine
+    tensor: int
+    replicas: int
+    max_sequences: int
+    max_tokens: int
+
+    @property
+    def devices(self) -> int:
+        return self.tensor * self.replicas
+
+    def __str__(self) -> str:
+        return f"{self.replicas} x {self.tensor} {self.machine.name} sequences={self.max_sequences} tokens={self.max_tokens}"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A deployment: replicas that read and answer, or `prefill` ones that read the prompts of those that answer."""
+
+    engine: str
+    precision: str
+    cache: str
+    decode: Side
+    prefill: Side | None = None
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
+
+    @property
+    def devices(self) -> int:
+        return sum(side.devices for side in self.sides)
+
+    @property
+    def exact(self) -> bool:
+        """Whether weights and cache are in the formats that the model has."""
+        return self.precision == self.cache == OWN
+
+    @property
+    def dollars_per_hour(self) -> float | None:
+        """What its devices cost; None where a machine's file does not say."""
+        prices = [side.machine.price_per_hour for side in self.sides]
+        return None if None in prices else sum(p * side.devices for p, side in zip(prices, self.sides, strict=True) if p)
+
+    def groups(self, job: Job) -> tuple[Group, Group | None]:
+        """The groups of a simulation: of those that answer, and of those that read."""
+        return self._group(job, self.decode), self._group(job, self.prefill) if self.prefill else None
+
+    def _group(self, job: Job, side: Side) -> Group:
+        own = rules(self.engine, max_sequences=side.max_sequences, max_tokens=side.max_tokens)
+        graph = served(job.graph, self.precision, self.cache, side.machine)
+        return Group(graph, side.machine, own, side.tensor, side.replicas, context=job.context)
+
+    def __str__(self) -> str:
+        formats = f"weights={self.precision} cache={self.cache}"
+        return f"{self.decode} {formats}" + (f", prompts on {self.prefill}" if self.prefill else "")
+
+
+def served(graph: Graph, precision: str, cache: str, machine: Machine) -> Graph:
+    """A model with weights (for fp8 arithmetic too) and cache in other formats; raises NarrowsError where a machine lacks one."""
+    if precision != OWN:
+        form = format_of(precision, "precision")
+        if form == FP8 and "fp8" not in machine.peak_flop_per_s:
+            raise NarrowsError(f"{machine.name} does not compute in fp8.", where="precision", remedy="Use int8 weights.")
+        graph = in_format(graph, form, "fp8" if form == FP8 else "")
+    if cache != OWN:
+        graph = graph.map(lambda op: op.but(cache=format_of(cache, "cache")) if op.kind in ATTENTION else op)
+    return graph
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A deployment as screening sees it: `rate` requests a second within the limits, `full` with every replica full.
+
+    ttft, tpot   seconds at that rate: to the first token for `share` of the requests, and per further token in the mean
+    batch        sequences that decode in a replica then
+    """
+
+    config: Config
+    rate: float
+    full: float
+    ttft: float
+    tpot: float
+    batch: int
+
+
+@dataclass
+class Screened:
+    """What screening found: the points that keep the limits, how many were looked at, and why others do not."""
+
+    points: list[Point] = field(default_factory=list)
+    evaluated: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+def screen(job: Job, space: Space) -> Screened:
+    """Every deployment of the space in closed form, each with as few replicas as carry the load (or all there are)."""
+    found = Screened()
+    sides = list(_sides(job, space, found))
+    if False in space.apart:
+        for one in sides:
+            found.evaluated += 1
+            _put(job, found, one, _together(job, one))
+    if True in space.apart:
+        _apart(job, sides, found)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Tabled:
+    """A side of one replica with the times of its steps and its room."""
+
+    side: Side
+    precision: str
+    cache: str
+    kind: Kind
+    times: StepTimes
+    most: int  # sequences that it holds
+
+
+def _sides(job: Job, space: Space, found: Screened) -> Iterator[_Tabled]:
+    """Every legal replica; what does not fit or is not there is counted with its reason."""
+    for kind in job.kinds:
+        for tensor in space.tensor:
+            for precision in space.precision:
+                for cache in space.cache:
+                    if tensor > min(kind.node, kind.count):
+                        continue
+                    try:
+                        graph = served(job.graph, precision, cache, kind.machine)
+                        if (precision, cache) != (OWN, OWN) and any(
+                            graph.ops == served(job.graph, *other, kind.machine).ops
+                            for other in ((OWN, OWN), (precision, OWN), (OWN, cache)) if other != (precision, cache)
+                        ):  # fmt: skip
+                            continue  # it has this format already
+                        most = rules(job.engine, max_sequences=max(space.max_sequences), max_tokens=max(space.max_tokens))
+                        times = Group(graph, kind.machine, most, tensor).times()
+                    except NarrowsError as refusal:
+                        found.reasons[f"{refusal.where}: {refusal.problem}"] += 1
+                        continue
+                    yield from _sized(job, space, graph, _Tabled(Side(kind.machine, tensor, 1, 0, 0), precision, cache, kind,
+                                                                 times, 0), found)  # fmt: skip
+
+
+def _sized(job: Job, space: Space, graph: Graph, like: _Tabled, found: Screened) -> Iterator[_Tabled]:
+    """A replica with every number of sequences and rows."""
+    longest = max(r.prompt + r.output for r in job.requests)
+    for tokens in space.max_tokens:
+        for sequences in space.max_sequences:
+            if sequences >= tokens:
+                continue
+            side = replace(like.side, max_sequences=sequences, max_tokens=tokens)
+            own = rules(job.engine, max_sequences=sequences, max_tokens=tokens)
+            try:
+                room = Group(graph, side.machine, own, side.tensor).room() * own.block
+            except NarrowsError:
+                found.evaluated += 1
+                found.reasons["memory: weights, activations and logits leave no room for keys and values"] += 1
+                continue
+            if room < longest:
+                found.reasons[f"memory: the longest request ({longest:,} tokens) has no room: it would be rejected"] += 1
+            yield replace(like, side=side, most=max(1, min(sequences, room // job.held)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Carries:
+    """What one replica does: requests a second within the limits (0: none) and at most, and the seconds then."""
+
+    good: float
+    full: float
+    ttft: float = 0.0
+    tpot: float = 0.0
+    batch: int = 0
+
+
+def _together(job: Job, one: _Tabled) -> _Carries:
+    """A replica that reads and answers."""
+    mixed = rules(job.engine).mixed
+    found = _Carries(0.0, 0.0)
+    for batch in _batches(one.most):
+        beside = batch if mixed else 0
+        budget = one.side.max_tokens - beside
+        step = _step(one.times, batch, job.held)
+        reads = [_read(one.times, prompt, budget, beside) for prompt in job.prompts]
+        mean = sum(reads) / SAMPLES
+        rate, tpot = 1 / (mean + job.output * step / batch), step + mean * batch / job.output
+        # every piece of a prompt waits for those that decode beside it
+        slow = 1 + step / _read(one.times, budget, budget, beside) if mixed else 1.0
+        ttft = step / 2 + _waits(job, rate, [r * slow for r in reads]) + max(step, reads[_at(job)] * slow)
+        if ttft <= job.ttft and tpot <= job.tpot:
+            found = _Carries(rate, rate, ttft, tpot, batch)
+        else:
+            found = replace(found, ttft=found.ttft or ttft, tpot=found.tpot or tpot)
+        found = replace(found, full=rate)
+    return found
+
+
+def _reading(job: Job, one: _Tabled) -> _Carries:
+    """A replica that reads prompts for others: those that wait are read together, in steps as large as there may be."""
+    times, budget = one.times, one.side.max_tokens
+    alone = [_read(times, prompt, budget, 0) for prompt in job.prompts]
+    together = [(times.rows(budget) * prompt / budget + times.prompt(prompt, 0)) / PS for prompt in job.prompts]
+    full, mean = SAMPLES / sum(together), sum(alone) / SAMPLES
+    found = _Carries(0.0, full)
+    for use in USES:
+        rate = use * full
+        ttft = min(1.0, rate * mean) * mean / 2 + _waits(job, rate, together) + alone[_at(job)]
+        if ttft <= job.ttft:
+            found = _Carries(rate, full, ttft)
+    return found
+
+
+def _writing(job: Job, one: _Tabled) -> _Carries:
+    """A replica that answers prompts which others have read."""
+    found = _Carries(0.0, 0.0)
+    for batch in _batches(one.most):
+        step = _step(one.times, batch, job.held)
+        rate = batch / (job.output * step)
+        found = replace(found, full=rate, tpot=found.tpot or step)
+        if step <= job.tpot:
+            found = _Carries(rate, rate, 0.0, step, batch)
+    return found
+
+
+def _apart(job: Job, sides: list[_Tabled], found: Screened) -> None:
+    """Replicas that read prompts for others that answer, of every two kinds of machine."""
+    readers: dict[tuple[Any, ...], tuple[_Tabled, _Carries]] = {}
+    writers: dict[tuple[Any, ...], tuple[_Tabled, _Carries]] = {}
+    for one in sides:  # the first of equals has the fewest sequences, or rows: it has the most room
+        cut = one.precision, one.cache, one.side.machine.name, one.side.tensor
+        if (*cut, one.side.max_tokens) not in readers:
+            readers[*cut, one.side.max_tokens] = one, _reading(job, one)
+        if (*cut, one.side.max_sequences) not in writers:
+            writers[*cut, one.side.max_sequences] = one, _writing(job, one)
+    for reader, reads in readers.values():
+        for writer, answers in writers.values():
+            if (reader.precision, reader.cache) == (writer.precision, writer.cache):
+                found.evaluated += 1
+                _put(job, found, writer, answers, reader, reads)
+
+
+def _put(job: Job, found: Screened, writer: _Tabled, answers: _Carries, reader: _Tabled | None = None,
+         reads: _Carries = _Carries(math.inf, math.inf)) -> None:  # fmt: skip
+    """Keep a deployment with as few replicas as carry the load, or with all that there is where nothing does."""
+    if not (answers.good and reads.good):
+        slow = ("ttft", answers.ttft > job.ttft or not reads.good), ("tpot", answers.tpot > job.tpot)
+        found.reasons[f"{' and '.join(name for name, late in slow if late)}: too slow even with few requests inside"] += 1
+        return
+    ways = _ways(job, writer, answers, reader, reads)
+    if not ways:
+        found.reasons["devices: too few for replicas that read beside replicas that answer"] += 1
+        return
+    many, few = max(ways, key=lambda way: min(way[0] * answers.good, way[1] * reads.good))
+    side = replace(reader.side, replicas=few) if reader else None
+    config = Config(job.engine, writer.precision, writer.cache, replace(writer.side, replicas=many), side)
+    rate = min(many * answers.good, few * reads.good)
+    if rate < job.rate:
+        found.reasons["devices: all there are carry less than the load within the limits"] += 1
+    ttft = reads.ttft if reader else answers.ttft
+    found.points.append(Point(config, rate, min(many * answers.full, few * reads.full), ttft, answers.tpot, answers.batch))
+
+
+def _ways(job: Job, writer: _Tabled, answers: _Carries, reader: _Tabled | None, reads: _Carries) -> list[tuple[int, int]]:
+    """(replicas that answer, that read): as many as the load wants, or every way to share all devices between them."""
+    most = writer.kind.count // writer.side.tensor
+    many, few = (math.ceil(min(job.rate / one.good, 1e9)) or 1 for one in (answers, reads))
+    if reader is None:
+        return [(min(many, most), 1)]
+    free = reader.kind.count // reader.side.tensor
+
+    def beside(answering: int) -> int:
+        used = answering * writer.side.tensor if reader.kind is writer.kind else 0
+        return min(free, (reader.kind.count - used) // reader.side.tensor)
+
+    if many <= most and few <= beside(many):
+        return [(many, few)]
+    return [(n, beside(n)) for n in range(1, most + 1) if beside(n) > 0]
+
+
+def _batches(most: int) -> list[int]:
+    """Numbers of sequences up to `most`, ever wider apart."""
+    found = {1, most}
+    at = 1.0
+    while at < most:
+        found.add(round(at))
+        at *= 1.25
+    return sorted(found)
+
+
+def _step(times: StepTimes, batch: int, held: int) -> float:
+    """Seconds of a step in which so many sequences decode."""
+    piece = times.decoding(batch, batch * held, batch)
+    attention = piece.base + piece.slope * (batch * held - piece.start)
+    return (times.rows(batch) + times.outputs(batch) + times.host(batch) + attention) / PS
+
+
+def _read(times: StepTimes, prompt: int, budget: int, beside: int) -> float:
+    """Seconds that reading a prompt in pieces adds to steps in which `beside` sequences decode (0: to none)."""
+    piece = min(prompt, budget)
+    rows = times.rows(beside + piece) - times.rows(beside) if beside else times.rows(piece) + times.outputs(1) + times.host(1)
+    return (rows * prompt / piece + times.prompt(prompt, 0)) / PS
+
+
+def _at(job: Job) -> int:
+    """The typical prompt that `share` of all are no longer than."""
+    return min(int(job.share * SAMPLES), SAMPLES - 1)
+
+
+def _waits(job: Job, rate: float, reads: list[float]) -> float:
+    """Seconds that `share` of the prompts wait at most for those before them: M/G/1, its tail taken as exponential."""
+    use = rate * sum(reads) / SAMPLES
+    if use >= 1:
+        return math.inf
+    mean = rate * sum(r * r for r in reads) / SAMPLES / 2 / (1 - use)
+    return mean / use * max(math.log(use / (1 - job.share)), 0.0) if use else 0.0

@@ -1,0 +1,246 @@
+"""The deployments that serve a load within its limits at the least cost: all are screened, the best ones simulated.
+
+A finalist that fails in the simulation gets replicas more, and one that does not gets fewer as long as it holds.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from narrows import energy
+from narrows.diagnose import diagnose
+from narrows.errors import NarrowsError
+from narrows.measured.table import Forecast
+from narrows.search.screen import EVERY, SAMPLES, Config, Job, Point, Screened, Side, Space, screen, served
+from narrows.simulate.closed_loop import preset
+from narrows.simulate.fleet import serve
+from narrows.simulate.outcome import Outcome
+from narrows.step import Step
+from narrows.validate import interval
+
+TRIES = 4  # simulations of one finalist, with more or fewer replicas
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A deployment with what its clients see; `outcome` is None where no simulation confirmed it.
+
+    interval   80 %, of the mean seconds to the first token and per further token
+    dollars_per_mtoken, joules_per_token   of output; None where a machine's file does not say
+    """
+
+    point: Point
+    goodput: float
+    attained: float | None
+    ttft: dict[str, float]
+    tpot: dict[str, float]
+    interval: dict[str, tuple[float, float]]
+    dollars_per_mtoken: float | None
+    joules_per_token: float | None
+    outcome: Outcome | None
+    keeps: bool  # whether the simulation kept the limits
+
+    @property
+    def config(self) -> Config:
+        return self.point.config
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """The best deployments of a job, how many were looked at in how many seconds, and why others were not chosen."""
+
+    job: Job
+    evaluated: int
+    seconds: float
+    best: tuple[Choice, ...]
+    why_not: tuple[str, ...]
+
+
+def plan_serve(job: Job, space: Space = EVERY, keep: int = 5, confirm: int = 12,
+               stop: Callable[[], bool] = lambda: False) -> ServePlan:  # fmt: skip
+    """The `keep` best deployments of a job, cheapest first among those that keep its limits.
+
+    The `confirm` best ones of the screening are simulated, at most two of a family (machines, formats, together or apart).
+    `stop` is asked before each: what is known by then is the answer. Of deployments in the model's own formats the best
+    is among them.
+    """
+    begun = time.perf_counter()
+    found = screen(job, space)
+    chosen = [
+        _unconfirmed(job, point) if at >= confirm or stop() else _confirmed(job, point)
+        for at, point in enumerate(_finalists(job, found.points, confirm))
+    ]
+    ranked = list({str(c.config): c for c in sorted(chosen, key=lambda c: _standing(job, c))}.values())
+    best = ranked[:keep]
+    if not any(c.config.exact for c in best):  # who does not want other formats sees what they would save
+        best[-1:] = next(([c] for c in ranked if c.config.exact), best[-1:])
+    return ServePlan(job, found.evaluated, time.perf_counter() - begun, tuple(best), _why_not(job, found, best))
+
+
+def _cost(job: Job, config: Config) -> float:
+    return (config.dollars_per_hour if job.priced else None) or config.devices
+
+
+def _finalists(job: Job, points: list[Point], confirm: int) -> list[Point]:
+    """The best points, family by family: cheapest of those that carry the load, then those that carry most."""
+
+    def key(point: Point) -> tuple[Any, ...]:
+        short = point.rate < job.rate
+        return short, -point.rate if short else _cost(job, point.config), -point.rate, str(point.config)
+
+    families: dict[tuple[Any, ...], list[Point]] = {}
+    for point in sorted(points, key=key):
+        config = point.config
+        names = tuple(side.machine.name for side in config.sides)
+        families.setdefault((names, config.precision, config.cache), []).append(point)
+    turns = [points[turn] for turn in range(2) for points in families.values() if turn < len(points)]
+    return sorted(turns[: max(confirm, len(families))], key=key)
+
+
+def _confirmed(job: Job, point: Point) -> Choice:
+    """A finalist as simulated, with replicas more where it fails, and fewer as long as it does not."""
+    tried = {str(point.config): _simulated(job, point)}
+    choice = tried[str(point.config)]
+    while len(tried) < TRIES and choice.outcome is not None:
+        other = _neighbour(job, choice, -1 if choice.keeps else 1)
+        if other is None or str(other.config) in tried:
+            break
+        tried[str(other.config)] = choice = _simulated(job, other)
+    return min(tried.values(), key=lambda c: _standing(job, c))
+
+
+def _neighbour(job: Job, choice: Choice, more: int) -> Point | None:
+    """The deployment with replicas more or less: of those that read where the first token is late, else of those that answer."""
+    config, late = choice.config, choice.outcome is not None and choice.outcome.ttft.quantile(job.share) > job.ttft
+    reads = config.prefill if late else None
+    side = reads or config.decode
+    changed = replace(side, replicas=side.replicas + more * max(1, side.replicas // 20))
+    new = replace(config, prefill=changed) if reads else replace(config, decode=changed)
+    used: Counter[str] = Counter()
+    for part in new.sides:
+        used[part.machine.name] += part.devices
+    there = {kind.machine.name: kind.count for kind in job.kinds}
+    if changed.replicas < 1 or any(used[name] > there[name] for name in used):
+        return None
+    scale = changed.replicas / side.replicas
+    return replace(choice.point, config=new, rate=choice.point.rate * scale, full=choice.point.full * scale)
+
+
+def _simulated(job: Job, point: Point) -> Choice:
+    decode, prefill = point.config.groups(job)
+    try:
+        seen = serve(job.requests, decode, prefill, ttft=job.ttft, tpot=job.tpot)
+    except NarrowsError:  # no link between the two sides
+        return _unconfirmed(job, point)
+    seconds = max(seen.seconds, 1e-12)
+    rate = seen.tokens / seconds
+    attained = seen.good / max(seen.requests + seen.rejected, 1)
+    ttft, tpot = seen.ttft.as_json(), seen.tpot.as_json()
+    return _choice(job, point, seen.good / seconds, attained, ttft, tpot, rate, seen)
+
+
+def _unconfirmed(job: Job, point: Point) -> Choice:
+    carried = min(job.rate, point.rate)
+    share = f"p{100 * job.share:.0f}"
+    return _choice(job, point, carried, None, {share: point.ttft}, {"mean": point.tpot}, carried * job.output, None)
+
+
+def _choice(job: Job, point: Point, goodput: float, attained: float | None, ttft: dict[str, float], tpot: dict[str, float],
+            tokens_per_second: float, outcome: Outcome | None) -> Choice:  # fmt: skip
+    config = point.config
+    place, key = f"{job.graph.name} {config.decode.machine.name}", f"tpot-{preset(job.engine.split('-')[0])}"
+    spans = {
+        name: interval(Forecast("plan", math.nan, next(iter(values.values())), by, 0.0, place))
+        for name, values, by in (("ttft_s", ttft, "simulated-ttft"), ("tpot_s", tpot, key))
+    }
+    dollars = config.dollars_per_hour
+    return Choice(
+        point,
+        goodput,
+        attained,
+        ttft,
+        tpot,
+        spans,
+        None if dollars is None else dollars / 3600 / tokens_per_second * 1e6 if tokens_per_second else math.inf,
+        _joules(job, config, point.batch, tokens_per_second, min(1.0, tokens_per_second / job.output / point.full)),
+        outcome,
+        attained is not None and attained >= job.share,
+    )
+
+
+def _joules(job: Job, config: Config, batch: int, tokens_per_second: float, busy: float) -> float | None:
+    """Joules for a token of output: its step, its share of reading the prompt, and of the devices while they wait."""
+    reader = config.prefill or config.decode
+    draws = [energy.power(side.machine) for side in config.sides]
+    if not tokens_per_second or not all(draws):
+        return None
+    write, read = (
+        diagnose(served(job.graph, config.precision, config.cache, side.machine), side.machine, step, side.tensor).energy
+        for side, step in ((config.decode, Step.decode(max(batch, 1), job.held)),
+                           (reader, Step.prefill(1, max(sum(job.prompts) // SAMPLES, 1))))
+    )  # fmt: skip
+    if write is None or read is None:
+        return None
+    waiting = sum(draw.idle * side.devices for draw, side in zip(draws, config.sides, strict=True) if draw)
+    work = write.joules * config.decode.tensor / max(batch, 1) + read.joules * reader.tensor / job.output
+    return work + waiting * (1 - busy) / tokens_per_second
+
+
+def _standing(job: Job, choice: Choice) -> tuple[Any, ...]:
+    """What sorts choices, the best first: keeps the limits, is cheap, is good."""
+    good = choice.keeps
+    return not good, choice.attained is None, _cost(job, choice.config) if good else 0.0, -choice.goodput, str(choice.config)
+
+
+def _why_not(job: Job, found: Screened, best: list[Choice]) -> tuple[str, ...]:
+    lines = [f"{reason} ({count:,})" for reason, count in found.reasons.most_common(8)]
+    if best and not any(c.keeps for c in best) and any(c.outcome for c in best):
+        lines.insert(0, f"none that was simulated keeps the limits for {job.share:.0%} of the requests: more devices are needed")
+    return tuple(lines)
+
+
+def as_json(plan: ServePlan) -> dict[str, Any]:
+    """A plan as plain data: the stable contract of `narrows plan serve --json` (SI units)."""
+
+    def side(one: Side | None) -> dict[str, Any] | None:
+        return None if one is None else {"machine": one.machine.name, "tensor": one.tensor, "replicas": one.replicas,
+                        "max_sequences": one.max_sequences, "max_tokens": one.max_tokens}  # fmt: skip
+
+    def plain(choice: Choice) -> dict[str, Any]:
+        config = choice.config
+        return {
+            "config": {
+                "text": str(config),
+                "engine": config.engine,
+                "weights": config.precision,
+                "cache": config.cache,
+                "devices": config.devices,
+                **(side(config.decode) or {}),
+                "prefill": side(config.prefill),
+            },
+            "goodput": choice.goodput,
+            "attained": choice.attained,
+            "saturation": choice.point.full,
+            "ttft_s": choice.ttft,
+            "tpot_s": choice.tpot,
+            "cost_per_mtoken": choice.dollars_per_mtoken,
+            "energy_j_per_token": choice.joules_per_token,
+            "interval": {name: list(span) for name, span in choice.interval.items()},
+            "confirmed_by_simulation": choice.outcome is not None,
+        }
+
+    job = plan.job
+    return {
+        "model": job.graph.name,
+        "engine": job.engine,
+        "requests": len(job.requests),
+        "rate": None if math.isinf(job.rate) else job.rate,
+        "limits": {"ttft_s": job.ttft, "tpot_s": job.tpot, "share": job.share},
+        "evaluated": plan.evaluated,
+        "seconds": plan.seconds,
+        "best": [plain(choice) for choice in plan.best],
+        "why_not": list(plan.why_not),
+    }

@@ -1,0 +1,71 @@
+"""What else to ask of a deployment: where it saturates, what more of a resource gives, how its requests lay in time."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from heapq import heappop, heappush
+from itertools import islice
+
+from narrows.errors import NarrowsError
+from narrows.simulate.fleet import Group, serve
+from narrows.simulate.outcome import Outcome
+from narrows.simulate.serving import Answer, Request
+from narrows.simulate.step_times import PS
+from narrows.simulate.timeline import Span, Timeline
+
+RESOURCES = ("compute", "bandwidth", "link")
+MOST = 5000  # requests of a flood: more change nothing
+STEPS = (("queue", "arrival", "admitted"), ("prompt", "admitted", "first"), ("answer", "first", "last"))
+
+
+def saturation(requests: Iterable[Request], group: Group, prefill: Group | None = None) -> float:
+    """Requests a second that a deployment serves when all of them are there at once: a higher rate piles up without end.
+
+    Counted while the middle 60 % of the answers end, so that neither filling up nor running dry is in it.
+    """
+    ends: list[int] = []
+    flood = (replace(request, arrival=0) for request in islice(requests, MOST))
+    serve(flood, group, prefill, each=lambda answer: ends.append(answer.last))
+    ends.sort()
+    low, high = len(ends) // 5, len(ends) * 4 // 5
+    if high <= low or ends[high] == ends[low]:
+        raise NarrowsError(f"{len(ends)} answers are too few.", where="saturation", remedy="Give 10 requests or more that fit.")
+    return (high - low) * PS / (ends[high] - ends[low])
+
+
+def what_if(played: Callable[[Group, Group | None], Outcome], group: Group, prefill: Group | None = None,
+            more: float = 1.1) -> dict[str, dict[str, float]]:  # fmt: skip
+    """How latencies change with `more` of each resource, as ratios of the means: 0.9 is a tenth less.
+
+    `played` plays the same load on the groups that it is given. Gains of a share more are derivatives: they do not add up.
+    """
+
+    def means(outcome: Outcome) -> dict[str, float]:
+        return {"ttft": outcome.ttft.mean, "tpot": outcome.tpot.mean, "e2e": outcome.e2e.mean}
+
+    def scaled(one: Group, resource: str) -> Group:
+        wire = one.wire and replace(one.wire, bandwidth_bytes_per_s=one.wire.bandwidth_bytes_per_s * more)
+        machine = one.machine.scaled(**{resource: more})
+        return replace(one, machine=machine, wire=wire if resource == "link" else one.wire)
+
+    before = means(played(group, prefill))
+    found = {}
+    for resource in RESOURCES:
+        after = means(played(scaled(group, resource), prefill and scaled(prefill, resource)))
+        found[resource] = {name: after[name] / value for name, value in before.items() if value > 0}
+    return found
+
+
+def timeline(answers: Sequence[Answer]) -> Timeline:
+    """Requests in time: each waits, is read and is answered in a lane of its own, which others take when it is done."""
+    spans: list[Span] = []
+    busy: list[tuple[int, int]] = []  # (until, lane)
+    for number, answer in enumerate(sorted(answers, key=lambda a: (a.request.arrival, a.last))):
+        arrival = answer.request.arrival
+        lane = heappop(busy)[1] if busy and busy[0][0] <= arrival else len(busy)
+        heappush(busy, (answer.last, lane))
+        moments = {"arrival": arrival, "admitted": answer.admitted, "first": answer.first, "last": answer.last}
+        label = answer.request.name or str(number)
+        for kind, begin, end in STEPS:
+            if moments[end] > moments[begin]:
+                spans.append(Span(f"{label} {kind}", kind, f"lane {lane:04d}", moments[begin] / PS, moments[end] / PS))
+    return Timeline(tuple(spans))
