@@ -1,19 +1,22 @@
 """The serving engine takes many equal steps at once: the same bits as a loop that takes them one after another."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrows.capture import capture
-from narrows.errors import NarrowsError
 from narrows.machine import machine
 from narrows.simulate.serving import Answer, Engine, Request, Rules
-from narrows.simulate.step_times import PS, StepTimes
+from narrows.simulate.step_times import PS, Overlap, StepTimes
 
-TIMES = StepTimes(capture("smollm2-135m"), machine("l4"), most_rows=512, most_sequences=64, step_seconds=1e-3, sequence_seconds=1e-5)
+PLAIN, BESIDE, BROKEN = (
+    StepTimes(capture("smollm2-135m"), machine("l4"), 1, 512, 64, step_seconds=1e-3, sequence_seconds=1e-5, overlap=overlap)
+    for overlap in (None, Overlap(1, 0.5, 0.4), Overlap(1, 0.5, 0.4))
+)
+BROKEN._rows = [rows // 20 for rows in BROKEN._rows]  # so that attention meets every break of its line within these loads
+BROKEN._more = [20_000_000] * len(BROKEN._rows)
 
 
 @dataclass(eq=False)
@@ -29,14 +32,22 @@ class Plain:
     first: int = -1
     admitted: int = -1
     evictions: int = 0
+    told: int = -1
 
 
-def plain_loop(requests: list[Request], rules: Rules, blocks: int) -> dict[int, tuple[int, int, int, int]]:
-    """(admitted, first, last, evictions) by request, one step after another, every block with what is in it."""
+Found = tuple[dict[int, tuple[int, int, int, int]], Counter[int]]
+
+
+def plain_loop(requests: list[Request], rules: Rules, blocks: int, times: StepTimes) -> Found:
+    """(admitted, first, last, evictions) by request, one step after another, every block with what is in it.
+
+    And how often which time passed between two tokens of a request.
+    """
     free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))
     inside: dict[int, tuple[int, int]] = {}
     where: dict[tuple[int, int], int] = {}
     now, arriving, waiting, running, answers = 0, list(enumerate(requests)), [], [], {}
+    group, gaps = 0, Counter()
 
     def take(sequence: Plain, count: int) -> None:
         for _ in range(count):
@@ -75,7 +86,7 @@ def plain_loop(requests: list[Request], rules: Rules, blocks: int) -> dict[int, 
         beside = decoding if rules.mixed else []
         pieces: list[tuple[Plain, int]] = []
 
-        def room_to_decode() -> None:
+        def room_to_decode(decoding: list[Plain], reading: list[Plain]) -> None:
             nonlocal evicted
             while sum(len(s.blocks) * rules.block <= s.read for s in decoding) > len(free):
                 gone = evict()
@@ -88,7 +99,7 @@ def plain_loop(requests: list[Request], rules: Rules, blocks: int) -> dict[int, 
         may = waiting and not (rules.batched and running and not reading)
         if may or reading:
             if rules.mixed:
-                room_to_decode()
+                room_to_decode(decoding, reading)
                 beside = decoding
             budget = rules.max_tokens - len(beside)
             demand = sum(len(s.blocks) * rules.block <= s.read for s in beside)
@@ -107,7 +118,8 @@ def plain_loop(requests: list[Request], rules: Rules, blocks: int) -> dict[int, 
                 take(s, -(-(s.read + piece) // rules.block) - len(s.blocks))
                 pieces.append((s, piece))
                 budget -= piece
-            while may and not evicted and waiting and len(running) < rules.max_sequences:
+            group = group if pieces else 0
+            while may and not evicted and not group and waiting and len(running) < rules.max_sequences:
                 s = waiting[0]
                 own = 0
                 while rules.prefix_cache and own < (s.todo - 1) // rules.block and where.get((s.index, own), -1) in free:
@@ -131,18 +143,24 @@ def plain_loop(requests: list[Request], rules: Rules, blocks: int) -> dict[int, 
                 pieces.append((s, piece))
                 budget -= piece
         if not pieces:
-            room_to_decode()
+            room_to_decode(decoding, reading)
             beside = decoding
             if not beside:
                 continue
-        tokens, count = sum(p for _, p in pieces), len(beside)
+        read, tokens, count = pieces, sum(p for _, p in pieces), len(beside)
+        groups = min(-(-tokens // rules.layered), times.layers) if rules.layered and pieces else 1
+        if pieces:
+            group = group + 1 if group + 1 < groups else 0
+            pieces = [] if group else pieces
         done = [s for s, piece in pieces if s.read + piece == s.todo]
-        took = TIMES.rows(tokens + count) + TIMES.outputs(count + len(done)) + TIMES.host(count + len(pieces))
+        alone = times.rows(count) if count else 0
+        took = alone + (times.rows(tokens + count) - alone) // groups + times.outputs(count + len(done))
+        took += times.host(count + len(read))
         if count:
             context = sum(s.read for s in beside)
-            piece_of = TIMES.decoding(count, context)
+            piece_of = times.decoding(count, context, tokens + count)
             took += piece_of.base + piece_of.slope * (context - piece_of.start)
-        took += sum(TIMES.prompt(piece, s.read) for s, piece in pieces)
+        took += sum(times.prompt(piece, s.read) // groups for s, piece in read)
         now += took
         for s in beside:
             if len(s.blocks) * rules.block <= s.read:
@@ -150,30 +168,39 @@ def plain_loop(requests: list[Request], rules: Rules, blocks: int) -> dict[int, 
             s.read += 1
             s.todo += 1
             s.left -= 1
+            gaps[now - s.told] += 1
+            s.told = now
         for s, piece in pieces:
             s.read += piece
             if s in done:
                 s.left -= 1
-                s.first = now if s.first < 0 else s.first
+                if s.first >= 0:
+                    gaps[now - s.told] += 1
+                s.first, s.told = now if s.first < 0 else s.first, now
         for s in [s for s in running if s.read >= s.todo and not s.left]:
             running.remove(s)
             give(s, False)
             answers[s.index] = (s.admitted, s.first, now, s.evictions)
-    return answers
+    return answers, gaps
 
 
-def simulated(requests: list[Request], rules: Rules, blocks: int) -> tuple[Engine, list[Answer]]:
+def simulated(requests: list[Request], rules: Rules, blocks: int, times: StepTimes) -> tuple[Engine, list[Answer], Counter[int]]:
     answers: list[Answer] = []
+    gaps: Counter[int] = Counter()
+
+    def tell(first: int, slope: int, n: int, sequences: int) -> None:
+        for i in range(n):
+            gaps[first + i * slope] += sequences
 
     def reject(request: Request, why: str) -> None:
         raise AssertionError(why)
 
-    engine = Engine(TIMES, rules, blocks, answers.append, reject)
+    engine = Engine(times, rules, blocks, answers.append, reject, tell)
     for request in requests:
         engine.advance(request.arrival)
         engine.push(request)
     engine.advance()
-    return engine, answers
+    return engine, answers, gaps
 
 
 @st.composite
@@ -186,26 +213,28 @@ def loads(draw: st.DrawFn) -> tuple[list[Request], Rules, int]:
         now += gap * PS // 1000
         requests.append(Request(now, prompt, output, name=str(i)))
     mixed = draw(st.booleans())
+    layered = draw(st.sampled_from([0, 32, 200])) if mixed else 0
     rules = Rules(
         "any",
         max_sequences=draw(st.integers(1, 16)),
-        max_tokens=draw(st.sampled_from([64, 512])) if mixed else 512,
+        max_tokens=draw(st.sampled_from([64, 512])) if mixed and not layered else 512,
         mixed=mixed,
-        chunked=mixed or draw(st.booleans()),
+        chunked=not layered and (mixed or draw(st.booleans())),
         watermark=draw(st.sampled_from([0.0, 0.05])),
         prefix_cache=draw(st.booleans()),
         batched=draw(st.booleans()),
+        layered=layered,
     )
     return requests, rules, draw(st.integers(23, 120))
 
 
 @settings(max_examples=500, deadline=None)
-@given(loads())
-def test_runs_of_steps_give_the_same_bits_as_single_steps(load: tuple[list[Request], Rules, int]) -> None:
+@given(loads(), st.sampled_from([PLAIN, BESIDE, BROKEN]))
+def test_runs_of_steps_give_the_same_bits_as_single_steps(load: tuple[list[Request], Rules, int], times: StepTimes) -> None:
     requests, rules, blocks = load
-    engine, answers = simulated(requests, rules, blocks)
+    engine, answers, gaps = simulated(requests, rules, blocks, times)
     got = {int(a.request.name): (a.admitted, a.first, a.last, a.preemptions) for a in answers}
-    assert got == plain_loop(requests, rules, blocks)
+    assert (got, gaps) == plain_loop(requests, rules, blocks, times)
     assert engine.room == blocks  # every block came back
     for a in answers:
         parts = (a.queue, a.prompt, a.interference, a.decode, a.communication, a.host, a.preemption)

@@ -23,6 +23,7 @@ from narrows.step import Step
 if TYPE_CHECKING:
     import torch
 
+    from narrows.simulate.demand import Demand, Deployment
     from narrows.simulate.pipeline import Order, Work
     from narrows.simulate.timeline import Timeline
 
@@ -234,6 +235,22 @@ class Schedules(Technique):
         return self.order(work).play(self.adapt(work))
 
 
+class Serves(Technique):
+    """A policy of serving: what to run where for a load, and by which rules. The serving simulator plays it."""
+
+    @abstractmethod
+    def baseline(self) -> "Serves":
+        """The policy that its paper compares it with."""
+
+    @abstractmethod
+    def check(self, demand: "Demand") -> Verdict:
+        """True, or No with the reason it does not apply to this load on these devices."""
+
+    @abstractmethod
+    def deploy(self, demand: "Demand") -> "Deployment":
+        """What to run in place of `demand.group`, on devices of the same number or cost."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """A candidate that was tried, with its score; infinite where it cannot run."""
@@ -310,7 +327,7 @@ def technique_class(module: Any, slug: str) -> type[Technique]:
 
 
 def face(found: type[Technique] | Described) -> str:
-    """What narrows can do with a paper: Rewrites, Trains, Measures, Schedules, Searches, or Described."""
+    """What narrows can do with a paper: Rewrites, Trains, Measures, Schedules, Serves, Searches, or Described."""
     if isinstance(found, Described):
         return "Described"
     return next(base.__name__ for base in found.__mro__[1:] if base.__module__ == __name__)

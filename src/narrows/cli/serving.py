@@ -65,14 +65,16 @@ context_option = click.option(
 @load_options
 @click.option("--ttft", default=float("inf"), help="Seconds to the first token that a request must keep to count as good.")
 @click.option("--tpot", default=float("inf"), help="Seconds per further token that it must keep.")
+@click.option("--policy", metavar="SLUG[:OPTION=VALUE]", help="Serve as a paper does: sarathi-serve, distserve, nanoflow, ...")
+@click.option("--tbt", default=float("inf"), help="With --policy: seconds between two tokens that 99 % of them must keep.")
 @click.option("--saturation", "flood", is_flag=True, help="Also the rate of requests beyond which they pile up.")
 @click.option("--what-if", "what_ifs", is_flag=True, help="Also what 10 % more compute, bandwidth and link would give.")
 @click.option("--chrome", type=click.Path(dir_okay=False), help="Keep the first 1000 requests as a Chrome (Perfetto) trace.")
 @as_json_option
 def serve(model: str, machine: str, devices: int, replicas: int, prefill: int, prefill_machine: str | None, engine: str,
           max_sequences: int | None, max_tokens: int | None, blocks: int, dtype: str | None, context: int | None,
-          ttft: float, tpot: float, flood: bool, what_ifs: bool, chrome: str | None, as_json: bool,
-          **load: Any) -> None:  # fmt: skip
+          ttft: float, tpot: float, policy: str | None, tbt: float, flood: bool, what_ifs: bool, chrome: str | None,
+          as_json: bool, **load: Any) -> None:  # fmt: skip
     """What clients of MODEL would see: percentiles, goodput, and where the time of the slow requests goes.
 
     Ctrl-C ends the load: the requests so far are answered, and what they saw is printed.
@@ -90,6 +92,11 @@ def serve(model: str, machine: str, devices: int, replicas: int, prefill: int, p
     most = longest(model) if context is None else context
     group = fleet.Group(graph, target(machine), own, devices, replicas, blocks, context=most)
     apart = fleet.Group(graph, target(prefill_machine or machine), own, devices, prefill, blocks) if prefill else None
+    if policy and apart:
+        raise NarrowsError("a policy says itself where prompts are read.", where="--policy", remedy="Leave --prefill out.")
+    if policy:
+        engine = f"{engine}, {policy}"
+        group, apart = _as_published(policy, group, list(requests_of(**load)), (("ttft", ttft), ("tpot", tpot), ("tbt", tbt)))
     kept: list[Any] = []
 
     def keep(answer: Any) -> None:
@@ -117,6 +124,25 @@ def serve(model: str, machine: str, devices: int, replicas: int, prefill: int, p
         _show(found, graph.name, group, apart, engine, more)
     if stopped():
         sys.exit(130)
+
+
+def _as_published(policy: str, group: Any, requests: list[Any], limits: tuple[tuple[str, float], ...]) -> tuple[Any, Any]:
+    """The replicas, and those that read prompts apart, that a policy runs in place of a group; raises with its refusal."""
+    from math import isfinite
+
+    from narrows.plan import parse
+    from narrows.simulate.demand import Demand, Objective
+    from narrows.technique import No, Serves
+
+    found = parse(policy)
+    if not isinstance(found, Serves):
+        raise NarrowsError(f"{policy} is no policy of serving.", where="--policy", remedy="`narrows papers` tells the faces.")
+    kept = tuple(Objective(name, 0.99 if name == "tbt" else 0.9, s) for name, s in limits if isfinite(s))
+    demand = Demand(group, tuple(requests), kept)
+    if isinstance(verdict := found.check(demand), No):
+        raise NarrowsError(f"{verdict.reason}.", where=policy, remedy="Change the load, the limits or the devices.")
+    deployed = found.deploy(demand)
+    return deployed.group, deployed.prefill
 
 
 def _show(found: Any, name: str, group: Any, apart: Any, engine: str, more: dict[str, Any]) -> None:
@@ -162,6 +188,7 @@ def told(requests: Any, tell: Any, stopped: Any = lambda: False) -> Any:
         yield request
 
 
+FEWEST, MOST, LASTS = 1000, 4000, 30.0  # requests that a plan plays, and seconds that they should last
 FORMATS = ["own", "fp8", "int8"]
 
 
@@ -189,14 +216,15 @@ def plan_serve(model: str, machines: tuple[str, ...], ttft: float, tpot: float, 
                emitted: str | None, out: str | None, as_json: bool, **load: Any) -> None:  # fmt: skip
     """The cheapest deployment of MODEL that serves a load within its limits, and why not others. Exit 1 if none does.
 
-    The load is --trace or --rate; without --requests its first 1000 are played. Ctrl-C shows what is known so far.
+    The load is --trace or --rate; without --requests 1,000 are played, or half a minute of --rate up to 4,000. Ctrl-C
+    shows what is known so far.
     """
     from narrows.capture import capture
     from narrows.capture.config import longest
     from narrows.search import serve as search
     from narrows.search.screen import EVERY, Job, Space
 
-    load["count"] = load["count"] or 1000
+    load["count"] = load["count"] or max(FEWEST, min(round(LASTS * (load["rate"] or 0.0)), MOST))
     kinds, most = tuple(_kind(text) for text in machines), longest(model) if context is None else context
     job = Job(capture(model), kinds, tuple(requests_of(**load)), ttft, tpot, share, engine, most)
     space = Space(

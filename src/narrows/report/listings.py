@@ -232,7 +232,7 @@ def outcome_sentence(o: Outcome, where: str) -> str:
 
 def latency_table(o: Outcome) -> Table:
     """What clients saw: mean and percentiles."""
-    named = (("to the first token", o.ttft), ("per further token", o.tpot), ("in all", o.e2e))
+    named = (("to the first token", o.ttft), ("per further token", o.tpot), ("between two tokens", o.tbt), ("in all", o.e2e))
     rows = tuple(
         (Cell(name), *(Cell(format_seconds(v), v) for v in spread.as_json().values())) for name, spread in named if spread.count
     )

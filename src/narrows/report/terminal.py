@@ -9,8 +9,10 @@ from narrows.explain import findings
 from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.prescribe import Prescription
+from narrows.report import budget as budgets
 from narrows.report import listings, serving, tables, training
 from narrows.report.tables import Cell, Column, Span, Table, clean
+from narrows.search.budget import Found
 from narrows.search.serve import ServePlan
 from narrows.search.train import TrainPlan
 from narrows.simulate.outcome import Outcome
@@ -72,6 +74,13 @@ def show_verification(v: Verification, console: "Console") -> None:
     for table in (tables.speed_table(v), tables.kept_table(v)):
         if table.rows:
             _draw(table, console)
+
+
+def show_budget(found: Found, console: "Console") -> None:
+    """What a search within a budget found, or which limits bind; then the choices that nothing beats in size and perplexity."""
+    kept = found.plan is not None
+    _say(budgets.budget_sentence(found), console, "bold green" if kept else "bold red")
+    _draw(budgets.budget_table(found), console)
 
 
 def show_graph(g: Graph, console: "Console") -> None:
@@ -141,7 +150,7 @@ def show_serve_plan(p: ServePlan, console: "Console") -> None:
     if p.best:
         _draw(serving.deployment_table(p), console)
     console.print()
-    for line in (serving.effort_sentence(p), *p.why_not):
+    for line in (*p.notes, serving.effort_sentence(p), *p.why_not):
         _say(line, console, "dim")
 
 

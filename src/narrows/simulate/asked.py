@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
-from itertools import islice
+from itertools import chain, cycle, islice
 
 from narrows.errors import NarrowsError
 from narrows.simulate.fleet import Group, serve
@@ -13,18 +13,22 @@ from narrows.simulate.step_times import PS
 from narrows.simulate.timeline import Span, Timeline
 
 RESOURCES = ("compute", "bandwidth", "link")
-MOST = 5000  # requests of a flood: more change nothing
+MOST = 5000  # requests of a load that are looked at
+TIMES = 4  # that a flood fills what runs at a time
 STEPS = (("queue", "arrival", "admitted"), ("prompt", "admitted", "first"), ("answer", "first", "last"))
 
 
 def saturation(requests: Iterable[Request], group: Group, prefill: Group | None = None) -> float:
     """Requests a second that a deployment serves when all of them are there at once: a higher rate piles up without end.
 
-    Counted while the middle 60 % of the answers end, so that neither filling up nor running dry is in it.
+    The load is repeated until it fills the replicas a few times. Counted while the middle 60 % of the answers end, so
+    that neither filling up nor running dry is in it.
     """
     ends: list[int] = []
-    flood = (replace(request, arrival=0) for request in islice(requests, MOST))
-    serve(flood, group, prefill, each=lambda answer: ends.append(answer.last))
+    once = [replace(request, arrival=0) for request in islice(requests, MOST)]
+    again = [replace(request, hashes=()) for request in once]  # whose prompts nobody has read before
+    count = max(len(once), TIMES * group.replicas * group.rules.max_sequences)
+    serve(islice(chain(once, cycle(again)), count), group, prefill, each=lambda answer: ends.append(answer.last))
     ends.sort()
     low, high = len(ends) // 5, len(ends) * 4 // 5
     if high <= low or ends[high] == ends[low]:

@@ -33,7 +33,8 @@ class Spread:
         self.total += (n * first + slope * (n * (n - 1) // 2)) * weight
         while n:
             bin_ = math.floor(math.log2(max(first, 1e-12)) * _FINE)
-            inside = n if not slope else min(n, max(1, math.ceil((2.0 ** ((bin_ + 1) / _FINE) - first) / slope)))
+            room = 2.0 ** ((bin_ + 1) / _FINE) - first
+            inside = n if n * slope <= room else max(1, math.ceil(room / slope))
             self._bins[bin_] = self._bins.get(bin_, 0) + inside * weight
             first, n = first + slope * inside, n - inside
 

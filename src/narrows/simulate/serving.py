@@ -123,6 +123,8 @@ class Engine:
                  reject: Callable[[Request, str], None], tell: Tell | None = None) -> None:  # fmt: skip
         if blocks < 1:
             raise NarrowsError("there is no room for keys and values.", where="serving", remedy="Use more or larger devices.")
+        if rules.layered and rules.chunked:
+            raise NarrowsError("prompts are read by layers or in pieces, not both.", where=rules.name, remedy="Set one.")
         self.times, self.rules, self.blocks, self.emit, self.reject = times, rules, blocks, emit, reject
         self.now = 0
         self.steps = 0  # taken so far

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,6 +16,7 @@ from narrows.errors import NarrowsError
 from narrows.simulate.serving import Request
 from narrows.simulate.step_times import PS
 
+LARGEST = 10**9  # tokens of a prompt or an answer
 FORMATS = "Azure (TIMESTAMP,ContextTokens,GeneratedTokens), Mooncake (timestamp in ms, input_length, output_length, hash_ids) "\
           "and vLLM requests (arrival_time, input_toks, output_toks)"  # fmt: skip
 
@@ -22,11 +25,18 @@ def read(path: Path | str) -> Iterator[Request]:
     """The requests of a trace, in the order of the file, the first at 0: Azure CSV, Mooncake JSONL or vLLM JSONL.
 
     Raises NarrowsError, naming the line, for a file of another form, for a length that is no whole number above 0 and for
-    an arrival before the one above it.
+    an arrival that is negative, no number, or before the one above it.
     """
     path = Path(path)
     if not path.is_file():
         raise NarrowsError("there is no such file.", where=str(path), remedy=f"Give a trace: {FORMATS}.")
+    try:
+        yield from _requests(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise NarrowsError(f"it is not text ({error}).", where=str(path), remedy=f"Give a trace: {FORMATS}.") from error
+
+
+def _requests(path: Path) -> Iterator[Request]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         first = file.readline()
         file.seek(0)
@@ -35,6 +45,8 @@ def read(path: Path | str) -> Iterator[Request]:
         for line, seconds, prompt, output, hashes, name in rows:
             at = f"{path}, line {line}"
             sizes = [_whole(value, at, what) for value, what in ((prompt, "prompt tokens"), (output, "output tokens"))]
+            if not 0 <= seconds < math.inf:
+                raise NarrowsError(f"it arrives at {seconds:g}.", where=at, remedy="Give seconds from 0, or a date.")
             if start is None:
                 start = seconds
             if last is not None and seconds < last:
@@ -58,8 +70,10 @@ def _csv_rows(file: Iterable[str], path: Path) -> Iterator[_Row]:
         yield line, _moment(row["TIMESTAMP"], f"{path}, line {line}"), row["ContextTokens"], row["GeneratedTokens"], (), ""
 
 
-def _moment(text: str, at: str) -> float:
+def _moment(text: str | None, at: str) -> float:
     """Seconds of a date (Azure writes seven digits of a second) or of a plain number."""
+    if text is None:
+        raise NarrowsError("it has fewer cells than the header.", where=at, remedy="Check its commas.")
     try:
         return float(text)
     except ValueError:
@@ -88,15 +102,18 @@ def _json_rows(file: Iterable[str], path: Path) -> Iterator[_Row]:
         if form is None:
             raise NarrowsError("it has not the fields of a trace.", where=at, remedy=f"Give {FORMATS}.")
         moment, unit, prompt, output = form
-        if isinstance(row[moment], bool) or not isinstance(row[moment], int | float):
+        if isinstance(row[moment], bool) or not isinstance(row[moment], int | float) or not abs(row[moment]) < 1e18:
             raise NarrowsError(f"{moment} is {row[moment]!r}.", where=at, remedy="Give a number.")
-        yield line, row[moment] * unit, row[prompt], row[output], tuple(row.get("hash_ids", ())), str(row.get("request_id", ""))
+        hashes = row.get("hash_ids", [])
+        if not isinstance(hashes, list) or not all(isinstance(name, int) for name in hashes):
+            raise NarrowsError("its hash_ids are no list of whole numbers.", where=at, remedy="Leave them out, or mend them.")
+        yield line, float(row[moment]) * unit, row[prompt], row[output], tuple(hashes), str(row.get("request_id", ""))
 
 
 def _whole(value: Any, at: str, what: str) -> int:
-    number = float(value) if isinstance(value, int | float) or (isinstance(value, str) and value.strip().isdecimal()) else 0.0
-    if number < 1 or number != int(number):
-        raise NarrowsError(f"{what} are {value!r}.", where=at, remedy="Give a whole number from 1.")
+    number = value if isinstance(value, int | float) else int(value) if re.fullmatch(r"\s*\d{1,12}\s*", str(value)) else 0
+    if not 1 <= number <= LARGEST or number != int(number):
+        raise NarrowsError(f"{what} are {str(value)[:40]!r}.", where=at, remedy="Give a whole number from 1.")
     return int(number)
 
 
@@ -139,10 +156,8 @@ def generate(rate: float, count: int, lengths: Lengths, seed: int = 0, burst: fl
 def _length(draw: random.Random, mean: float, spread: float) -> int:
     if not spread:
         return max(1, round(mean))
-    from math import log
-
-    variance = log(1 + spread**2)
-    return max(1, round(draw.lognormvariate(log(mean) - variance / 2, variance**0.5)))
+    variance = math.log(1 + spread**2)
+    return max(1, round(draw.lognormvariate(math.log(mean) - variance / 2, variance**0.5)))
 
 
 def scaled(requests: Iterable[Request], factor: float) -> Iterator[Request]:

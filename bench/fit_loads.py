@@ -1,0 +1,51 @@
+"""Fit the bundled loads to recorded traces by their first two moments, and write data/loads.toml.
+
+python bench/fit_loads.py [DIR_OF_TRACES]
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+from narrows.figures import write
+from narrows.simulate.step_times import PS
+from narrows.simulate.workload import Lengths, read
+
+ROOT = Path(__file__).parents[1]
+TRACES = {
+    "azure-2023-conv": (
+        "azure2023_conv.csv",
+        "Azure LLM inference trace 2023, conversations (Patel et al., Splitwise, ISCA 2024)",
+    ),
+    "azure-2023-code": (
+        "azure2023_code.csv",
+        "Azure LLM inference trace 2023, code completion (Patel et al., Splitwise, ISCA 2024)",
+    ),
+    "mooncake-conversation": ("mooncake_conversation_trace.jsonl", "Mooncake conversation trace (Qin et al., FAST 2025)"),
+}
+
+
+HEAD = (
+    "# Loads like recorded ones: requests per second, coefficients of variation of gaps and lengths, mean tokens.",
+    "# Written by bench/fit_loads.py; what a mean and a spread do not tell (tails, bursts that last) is not in them.",
+)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT.parent / "shared" / "data" / "traces"
+    lines = [*HEAD, ""]
+    for name, (file, source) in TRACES.items():
+        requests = list(read(folder / file))
+        gaps = [(b.arrival - a.arrival) / PS for a, b in itertools.pairwise(requests)]
+        mean = sum(gaps) / len(gaps)
+        burst = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5 / mean
+        like = Lengths.like(requests)
+        figures = {"rate": 1 / mean, "burst": burst, "prompt": like.prompt, "prompt_spread": like.prompt_spread,
+                   "output": like.output, "output_spread": like.output_spread}  # fmt: skip
+        lines += [f"[{name}]", *(f"{key} = {value:.4g}" for key, value in figures.items()), f"requests = {len(requests)}",
+                  f'source = "{source}"', ""]  # fmt: skip
+    write(ROOT / "src" / "narrows" / "data" / "loads.toml", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A training step whose pipeline stages lie on nodes that differ in their links: in closed form, and played out."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narrows.layout import Layout
+from narrows.simulate.orders import one_f_one_b
+from narrows.simulate.pipeline import Work
+
+Links = NDArray[np.float64]  # bytes per second between every two nodes
+Order = tuple[tuple[int, ...], ...]  # the node of each stage of each replica
+
+
+class Stage(NamedTuple):
+    """A configuration, and what one of its stages takes: seconds of a microbatch, bytes handed on, bytes of gradients, memory."""
+
+    layout: Layout
+    forward: float
+    backward: float
+    message_bytes: float
+    gradient_bytes: float
+    held_bytes: float
+
+
+def placed_seconds(stage: Stage, order: Order, links: Links) -> float:
+    """A step along the critical path: the first microbatch's way there and back, then the slowest round trip for each other.
+
+    From stage s on p - s microbatches are in flight: their round trip, over p - s, or one stage's work, whichever is longer.
+    """
+    p, each, at = stage.layout.pipeline, stage.forward + stage.backward, np.array(order)
+    sends = stage.message_bytes / links[at[:, :-1], at[:, 1:]]
+    after = np.zeros(at.shape)
+    after[:, :-1] = sends[:, ::-1].cumsum(1)[:, ::-1]
+    left = p - np.arange(p)
+    period = np.max((left * each + 2 * after) / left, 1)
+    way = p * each + 2 * after[:, 0] + (stage.layout.accumulate - 1) * period
+    return float(way.max()) + summing_seconds(stage, order, links)
+
+
+def summing_seconds(stage: Stage, order: Order, links: Links) -> float:
+    """The all-reduce of a step's gradients: for each stage a ring of the nodes that hold it, as slow as its slowest link."""
+    if len(order) == 1:
+        return 0.0
+    at = np.array(order)
+    slowest = links[at, np.roll(at, -1, 0)].min()
+    return float(2 * (len(at) - 1) / len(at) * stage.gradient_bytes / slowest)
+
+
+def played(stage: Stage, order: Order, links: Links) -> float:
+    """Seconds of a step as the schedule engine plays 1F1B over these links, every replica, and its gradients' sum."""
+    p, n = stage.layout.pipeline, stage.layout.accumulate
+    slowest = 0.0
+    for row in order:
+        sends: Any = [[stage.message_bytes / links[a, b] if a != b else 0.0 for b in row] for a in row]
+        work = Work.of(p, n, stage.forward, stage.backward / 2, stage.backward / 2, sends)
+        slowest = max(slowest, one_f_one_b(p, n).play(work).seconds)
+    return slowest + summing_seconds(stage, order, links)
