@@ -13,8 +13,8 @@ from pathlib import Path
 
 from narrows.capture import capture
 from narrows.machine import machine
-from narrows.search.screen import Job, Kind, screen
-from narrows.search.serve import EVERY, plan_serve
+from narrows.search.screen import EVERY, Job, Kind, screen
+from narrows.search.serve import plan_serve
 from narrows.simulate.asked import saturation
 from narrows.simulate.workload import Lengths, generate, read
 
@@ -27,7 +27,7 @@ PEERS = (
     ("Frontier", "279 s"),
 )
 PEER_PLAN = "AIConfigurator: 12-20 s for 110-276 points, means only"
-MODEL, MACHINE, RATE, SIZES, SHOWN = "llama-3.1-8b", "h100-sxm", 15.0, (1_000, 10_000, 100_000, 1_000_000), 12
+MODEL, MACHINE, RATE, SIZES, SHOWN = "llama-3.1-8b", "h100-sxm", 12.0, (1_000, 10_000, 100_000, 1_000_000), 12
 
 
 def lengths(data: Path) -> Lengths:

@@ -130,3 +130,12 @@ def _depth(value: Any) -> int:
         depth += 1
         level = [v for x in level for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ())]
     return depth
+
+
+def longest(model: str | Path) -> int:
+    """Tokens that a request to a model may have, prompt and answer together, by its config; 0 where none says."""
+    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    found = bundled_config(str(model).lower()) or (read_config(path) if path.name == "config.json" and path.is_file() else {})
+    text = found.get("text_config")
+    most = (text if isinstance(text, dict) else found).get("max_position_embeddings", 0)
+    return most if isinstance(most, int) and most > 0 else 0

@@ -135,21 +135,40 @@ def measure(analysis: str, model: str, machine: str, devices: int, replicas: int
 
 @click.command()
 @click.argument("model")
-@click.option("--plan", required=True, help="Techniques joined by +, with options: 'llm-drop:attention=4 + awq:group=64'.")
+@click.option("--plan", help="Techniques joined by +, with options: 'llm-drop:attention=4 + awq:group=64'.")
+@click.option(
+    "--budget", metavar="TEXT", help="Instead: the formats of layers that keep 'size<=60%, decode>=1.3x, perplexity<=+3%'."
+)
 @click.option("--out", required=True, type=click.Path(), help="Directory to write; it appears whole or not at all.")
 @click.option("--text", type=click.Path(exists=True, dir_okay=False), help="Calibration text (default: the sample text).")
 @click.option("--overwrite", is_flag=True, help="Replace a directory that is there.")
 @as_json_option
-def apply(model: str, plan: str, out: str, text: str | None, overwrite: bool, as_json: bool) -> None:
-    """Apply a plan to MODEL (a directory, .gguf or sample name) and write a directory that transformers loads."""
+def apply(model: str, plan: str | None, budget: str | None, out: str, text: str | None, overwrite: bool, as_json: bool) -> None:
+    """Apply a plan to MODEL (a directory, .gguf or sample name) and write a directory that transformers loads.
+
+    With --budget the formats are searched and measured on this machine; exit 1, and nothing written, where none keeps it.
+    """
     require("narrows apply", "hf", "torch", "transformers", "safetensors")
     from narrows import workflow
 
+    if (plan is None) == (budget is None):
+        raise NarrowsError("it needs a plan or a budget.", where="apply", remedy="Give --plan or --budget.")
+    found, manifest = None, None
     with progress("applying") as tell:
-        manifest = workflow.apply(model, plan, out, text, overwrite, tell)
-    if as_json:
+        if budget is not None:
+            found, manifest = workflow.apply_within(model, budget, out, text, overwrite, tell)
+        elif plan is not None:
+            manifest = workflow.apply(model, plan, out, text, overwrite, tell)
+    if found is not None:
+        from narrows.report.terminal import show_budget
+        from narrows.search import budget as budgets
+
+        print_json({**budgets.as_json(found), "manifest": manifest}) if as_json else show_budget(found, console())
+    elif as_json:
         print_json(manifest)
-    else:
+    if manifest is None:
+        sys.exit(1)
+    if not as_json:
         size = sum(f["bytes"] for f in manifest["files"].values())
         click.echo(f"wrote {out}: {manifest['plan']}, {size / 1e6:.1f} MB in {len(manifest['files'])} files")
         click.echo(f"next: narrows verify {model} {out}")

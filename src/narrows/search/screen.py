@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from narrows.costmodel import ATTENTION
@@ -34,6 +35,12 @@ class Kind:
     machine: Machine
     count: int
     node: int = 8
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.node < 1:
+            raise NarrowsError(
+                f"{self.count} devices, {self.node} in a node.", where=self.machine.name, remedy="Give at least 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -238,26 +245,22 @@ class _Tabled:
 
 def _sides(job: Job, space: Space, found: Screened) -> Iterator[_Tabled]:
     """Every legal replica; what does not fit or is not there is counted with its reason."""
+    most = rules(job.engine, max_sequences=max(space.max_sequences), max_tokens=max(space.max_tokens))
     for kind in job.kinds:
-        for tensor in space.tensor:
-            for precision in space.precision:
-                for cache in space.cache:
-                    if tensor > min(kind.node, kind.count):
+        for tensor in (t for t in space.tensor if t <= min(kind.node, kind.count)):
+            seen: set[Graph] = set()
+            for precision, cache in product(space.precision, space.cache):
+                try:
+                    graph = served(job.graph, precision, cache, kind.machine)
+                    if graph in seen:  # the model has this format already
                         continue
-                    try:
-                        graph = served(job.graph, precision, cache, kind.machine)
-                        if (precision, cache) != (OWN, OWN) and any(
-                            graph.ops == served(job.graph, *other, kind.machine).ops
-                            for other in ((OWN, OWN), (precision, OWN), (OWN, cache)) if other != (precision, cache)
-                        ):  # fmt: skip
-                            continue  # it has this format already
-                        most = rules(job.engine, max_sequences=max(space.max_sequences), max_tokens=max(space.max_tokens))
-                        times = Group(graph, kind.machine, most, tensor).times()
-                    except NarrowsError as refusal:
-                        found.reasons[f"{refusal.where}: {refusal.problem}"] += 1
-                        continue
-                    yield from _sized(job, space, graph, _Tabled(Side(kind.machine, tensor, 1, 0, 0), precision, cache, kind,
-                                                                 times, 0), found)  # fmt: skip
+                    seen.add(graph)
+                    times = Group(graph, kind.machine, most, tensor).times()
+                except NarrowsError as refusal:
+                    found.reasons[f"{refusal.where}: {refusal.problem}"] += 1
+                    continue
+                like = _Tabled(Side(kind.machine, tensor, 1, 0, 0), precision, cache, kind, times, 0)
+                yield from _sized(job, space, graph, like, found)
 
 
 def _sized(job: Job, space: Space, graph: Graph, like: _Tabled, found: Screened) -> Iterator[_Tabled]:
@@ -351,6 +354,9 @@ def _apart(job: Job, sides: list[_Tabled], found: Screened) -> None:
         if (*cut, one.side.max_sequences) not in writers:
             writers[*cut, one.side.max_sequences] = one, _writing(job, one)
     for reader, reads in readers.values():
+        if not reader.side.machine.links:
+            found.reasons[f"links: {reader.side.machine.name} has none over which keys and values could leave"] += 1
+            continue
         for writer, answers in writers.values():
             if (reader.precision, reader.cache) == (writer.precision, writer.cache):
                 found.evaluated += 1
@@ -381,7 +387,7 @@ def _put(job: Job, found: Screened, writer: _Tabled, answers: _Carries, reader: 
 def _ways(job: Job, writer: _Tabled, answers: _Carries, reader: _Tabled | None, reads: _Carries) -> list[tuple[int, int]]:
     """(replicas that answer, that read): as many as the load wants, or every way to share all devices between them."""
     most = writer.kind.count // writer.side.tensor
-    many, few = (math.ceil(min(job.rate / one.good, 1e9)) or 1 for one in (answers, reads))
+    many, few = (math.ceil(min(job.rate, 1e9) / one.good) or 1 for one in (answers, reads))
     if reader is None:
         return [(min(many, most), 1)]
     free = reader.kind.count // reader.side.tensor

@@ -12,7 +12,6 @@ from typing import Any
 
 from narrows import energy
 from narrows.diagnose import diagnose
-from narrows.errors import NarrowsError
 from narrows.measured.table import Forecast
 from narrows.search.screen import EVERY, SAMPLES, Config, Job, Point, Screened, Side, Space, screen, served
 from narrows.simulate.closed_loop import preset
@@ -21,6 +20,7 @@ from narrows.simulate.outcome import Outcome
 from narrows.step import Step
 from narrows.validate import interval
 
+BRIEF = 4  # answers that a load must last for, or it is over before the replicas are full
 TRIES = 4  # simulations of one finalist, with more or fewer replicas
 
 
@@ -58,6 +58,15 @@ class ServePlan:
     best: tuple[Choice, ...]
     why_not: tuple[str, ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else to know of the answer."""
+        answer = next((c.outcome.e2e.mean for c in self.best if c.outcome and c.keeps), 0.0)
+        lasts = len(self.job.requests) / self.job.rate
+        if answer * BRIEF < lasts:
+            return ()
+        return (f"The load lasts {lasts:.1f} s and an answer takes {answer:.1f} s: give more requests for a steady state.",)
+
 
 def plan_serve(job: Job, space: Space = EVERY, keep: int = 5, confirm: int = 12,
                stop: Callable[[], bool] = lambda: False) -> ServePlan:  # fmt: skip
@@ -75,8 +84,9 @@ def plan_serve(job: Job, space: Space = EVERY, keep: int = 5, confirm: int = 12,
     ]
     ranked = list({str(c.config): c for c in sorted(chosen, key=lambda c: _standing(job, c))}.values())
     best = ranked[:keep]
-    if not any(c.config.exact for c in best):  # who does not want other formats sees what they would save
-        best[-1:] = next(([c] for c in ranked if c.config.exact), best[-1:])
+    own = next((c for c in ranked if c.config.exact), None)
+    if own is not None and own not in best:  # who does not want other formats sees what they would save
+        best[-1] = own if own.outcome or not confirm or stop() else _confirmed(job, own.point)
     return ServePlan(job, found.evaluated, time.perf_counter() - begun, tuple(best), _why_not(job, found, best))
 
 
@@ -130,16 +140,13 @@ def _neighbour(job: Job, choice: Choice, more: int) -> Point | None:
 
 
 def _simulated(job: Job, point: Point) -> Choice:
-    decode, prefill = point.config.groups(job)
-    try:
-        seen = serve(job.requests, decode, prefill, ttft=job.ttft, tpot=job.tpot)
-    except NarrowsError:  # no link between the two sides
-        return _unconfirmed(job, point)
-    seconds = max(seen.seconds, 1e-12)
-    rate = seen.tokens / seconds
+    seen = serve(job.requests, *point.config.groups(job), ttft=job.ttft, tpot=job.tpot)
     attained = seen.good / max(seen.requests + seen.rejected, 1)
+    # a load that is kept up with could go on: the time that the last answers take is not counted
+    lasts = seen.seconds if attained < job.share or math.isinf(job.rate) else len(job.requests) / job.rate
+    lasts = max(lasts, 1e-12)
     ttft, tpot = seen.ttft.as_json(), seen.tpot.as_json()
-    return _choice(job, point, seen.good / seconds, attained, ttft, tpot, rate, seen)
+    return _choice(job, point, seen.good / lasts, attained, ttft, tpot, seen.tokens / lasts, seen)
 
 
 def _unconfirmed(job: Job, point: Point) -> Choice:
@@ -243,4 +250,5 @@ def as_json(plan: ServePlan) -> dict[str, Any]:
         "seconds": plan.seconds,
         "best": [plain(choice) for choice in plan.best],
         "why_not": list(plan.why_not),
+        "notes": list(plan.notes),
     }

@@ -5,9 +5,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from narrows.graph import Graph
 from narrows.layout import Layout
+from narrows.machine import Cluster
+from narrows.simulate.memory import peak_bytes
 from narrows.simulate.orders import one_f_one_b
 from narrows.simulate.pipeline import Work
+from narrows.simulate.training import Axes, network, owned, spent
 
 Links = NDArray[np.float64]  # bytes per second between every two nodes
 Order = tuple[tuple[int, ...], ...]  # the node of each stage of each replica
@@ -22,6 +26,18 @@ class Stage(NamedTuple):
     message_bytes: float
     gradient_bytes: float
     held_bytes: float
+
+
+def stage_of(graph: Graph, group: Cluster, layout: Layout, sequence: int) -> Stage:
+    """The average stage of a layout. Bytes are a node's: all its devices send at once, over one card."""
+    net, axes = network(graph, group, layout, sequence), Axes.of(layout)
+    deep = {"layer": net.layers / layout.pipeline, "first": 1 / layout.pipeline, "last": 1 / layout.pipeline}
+    parts = {name: spent(getattr(net, name), group, layout, axes) for name in deep}
+    whole = sum(float(parts[name].whole) * deep[name] for name in parts)
+    ahead = sum(float(parts[name].causes["forward"]) * deep[name] for name in parts)
+    gradients = sum(owned(net, layout)) * layout.tensor * net.dtype.bits / 8
+    sent = float(net.stream[0]) * group.devices_per_node / layout.tensor
+    return Stage(layout, ahead, whole - ahead, sent, gradients, float(peak_bytes(net, layout, axes)))
 
 
 def placed_seconds(stage: Stage, order: Order, links: Links) -> float:

@@ -1,0 +1,188 @@
+"""Laws of a fleet: queues as theory has them, nothing lost, everything accounted for, the same bits again."""
+
+import random
+import statistics
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from narrows.capture import capture
+from narrows.errors import NarrowsError
+from narrows.machine import Link, machine
+from narrows.simulate.asked import saturation, timeline, what_if
+from narrows.simulate.fleet import Group, engines, in_turn, rules, serve
+from narrows.simulate.outcome import Outcome
+from narrows.simulate.serving import PARTS, Answer, Engine, Request, Rules
+from narrows.simulate.step_times import PS
+from narrows.simulate.workload import Lengths, generate
+
+GRAPH, L4 = capture("smollm2-135m"), machine("l4")
+SMALL = Rules("vllm-v1", max_sequences=8, max_tokens=256)
+ALONE = Group(GRAPH, L4, replace(SMALL, max_sequences=1, max_tokens=2048), blocks=1000)
+
+
+def served(requests: list[Request], group: Group, prefill: Group | None = None) -> tuple[Outcome, list[Answer]]:
+    answers: list[Answer] = []
+    return serve(requests, group, prefill, each=answers.append), answers
+
+
+def service(prompt: int, output: int) -> float:
+    """Seconds of a request that is alone."""
+    return served([Request(0, prompt, output)], ALONE)[0].e2e.mean
+
+
+def against_theory(kinds: list[tuple[int, int]], use: float, seed: int) -> float:
+    """Mean wait of Poisson requests of these kinds, over that of Pollaczek and Khinchine for the same arrivals."""
+    alone = {kind: service(*kind) for kind in kinds}
+    draw, mean = random.Random(seed), sum(alone.values()) / len(kinds)
+    requests = [Request(r.arrival, *draw.choice(kinds)) for r in generate(use / mean, 10_000, Lengths(1, 1), seed=seed)]
+    took = [alone[r.prompt, r.output] for r in requests]
+    rate, mean, square = len(took) / (requests[-1].arrival / PS), sum(took) / len(took), sum(t * t for t in took) / len(took)
+    answers = served(requests, ALONE)[1]
+    waited = sum(a.queue for a in answers) / len(answers) / PS
+    return waited / (rate * square / (2 * (1 - rate * mean)))
+
+
+@pytest.mark.parametrize("use", [0.3, 0.7])
+def test_equal_requests_one_at_a_time_wait_as_in_m_d_1(use: float) -> None:
+    assert statistics.mean(against_theory([(100, 20)], use, seed) for seed in range(3)) == pytest.approx(1, abs=0.05)
+
+
+def test_unequal_requests_one_at_a_time_wait_as_in_m_g_1() -> None:
+    assert statistics.mean(against_theory([(50, 5), (200, 40)], 0.6, seed) for seed in range(3)) == pytest.approx(1, abs=0.05)
+
+
+def test_requests_inside_are_rate_times_latency() -> None:
+    group = Group(GRAPH, L4, SMALL, blocks=200)
+    requests = list(generate(40.0, 3000, Lengths(200, 40, 1, 1), seed=4))
+    answers: list[Answer] = []
+    engine = Engine(group.times(), SMALL, 200, answers.append, lambda request, why: None)
+    gap, now, inside, coming = PS // 50, 0, [], list(reversed(requests))
+    while coming or engine.load:
+        while coming and coming[-1].arrival <= now:
+            engine.advance(coming[-1].arrival)
+            engine.push(coming.pop())
+        engine.advance(now)
+        inside.append(engine.load)
+        now += gap
+    latency = sum(a.last - a.request.arrival for a in answers) / len(answers)
+    missed = len(answers) * latency / now - sum(inside) / len(inside)  # `advance` ends the step in which a moment lies
+    step = (group.times().rows(256) + group.times().outputs(8) + group.times().host(8)) / PS
+    assert 0 < missed < 40.0 * step and sum(inside) / len(inside) > 20 * missed
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> list[Request]:
+    sizes = st.tuples(st.integers(0, 40), st.integers(1, 400), st.integers(1, 60))
+    now, found = 0, []
+    for gap, prompt, output in draw(st.lists(sizes, min_size=1, max_size=30)):
+        now += gap * PS // 1000
+        found.append(Request(now, prompt, output, tuple(range(prompt // 600))))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(loads(), st.integers(1, 3), st.integers(0, 2), st.sampled_from(engines()), st.integers(8, 60), st.sampled_from([0, 200]))
+def test_nothing_is_lost_and_every_second_has_its_place(
+    requests: list[Request], replicas: int, reading: int, engine: str, blocks: int, context: int
+) -> None:
+    own = rules(engine, max_sequences=6, max_tokens=2048, block=16)
+    group = Group(GRAPH, L4, own, replicas=replicas, blocks=blocks, context=context)
+    apart = replace(group, replicas=reading, blocks=blocks) if reading else None
+    outcome, answers = served(requests, group, apart)
+    fitting = [r for r in requests if r.prompt + r.output - 1 <= 16 * blocks and (not context or r.prompt + r.output <= context)]
+    assert outcome.requests == len(answers) == len(fitting) and outcome.rejected == len(requests) - len(fitting)
+    assert outcome.tokens == sum(r.output for r in fitting) and outcome.prompts == sum(r.prompt for r in fitting)
+    for a in answers:
+        assert a.request.arrival <= a.admitted < a.first <= a.last
+        assert sum(getattr(a, part) for part in PARTS) == a.last - a.request.arrival
+    whole = sum(a.last - a.request.arrival for a in answers) / PS
+    assert sum(outcome.ledger().values()) * len(answers) == pytest.approx(whole, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("reading", [0, 2])
+def test_the_same_load_gives_the_same_bits(reading: int) -> None:
+    group = Group(GRAPH, L4, SMALL, replicas=2, blocks=60)
+    apart = replace(group, replicas=reading) if reading else None
+    runs = [served(list(generate(60.0, 400, Lengths(200, 40, 1, 1), seed)), group, apart) for seed in (7, 7, 8)]
+    assert runs[0][1] == runs[1][1] != runs[2][1]
+    assert runs[0][0].as_json() == runs[1][0].as_json()
+
+
+def test_apart_is_together_where_nothing_interferes_and_transfer_is_free() -> None:
+    free = replace(L4, links=(Link("nvlink", 1e30, 1e-15),), sources={})
+    group = Group(GRAPH, free, SMALL, blocks=500)
+    requests = [Request(i * 100 * PS, 100 + 31 * i, 1 + 7 * i) for i in range(12)]
+    together, apart = served(requests, group)[1], served(requests, group, group)[1]
+    assert [(a.request, a.first, a.last) for a in together] == [(a.request, a.first, a.last) for a in apart]
+
+
+def test_a_slow_wire_delays_what_follows_the_first_token() -> None:
+    slow = replace(L4, links=(Link("nvlink", 1e6, 1e-3),), sources={})
+    requests = [Request(0, 100, 10)]
+    group = Group(GRAPH, slow, SMALL, blocks=100)
+    (together,), (apart,) = served(requests, group)[1], served(requests, group, group)[1]
+    seconds = 1e-3 + 100 * group.token_bytes() / 1e6
+    assert apart.first == together.first
+    assert (apart.last - together.last) / PS == pytest.approx(seconds) and apart.transfer / PS == pytest.approx(seconds)
+
+
+def test_apart_needs_a_link() -> None:
+    group = Group(GRAPH, replace(L4, links=(), sources={}), SMALL, blocks=100)
+    with pytest.raises(NarrowsError, match="no link"):
+        serve([Request(0, 10, 10)], group, group)
+
+
+def test_requests_in_turn_are_spread_evenly() -> None:
+    group = Group(GRAPH, L4, SMALL, replicas=4, blocks=100)
+    alone = served([Request(0, 64, 8)], group)[0]
+    outcome = serve([Request(0, 64, 8)] * 4, group, route=in_turn)
+    assert outcome.e2e.mean == pytest.approx(alone.e2e.mean)
+
+
+def test_a_load_past_saturation_ends_with_a_statement() -> None:
+    seconds = service(100, 20)
+    outcome = served(list(generate(5 / seconds, 500, Lengths(100, 20))), ALONE)[0]
+    assert any("Past saturation" in note for note in outcome.notes()) and outcome.requests == 500
+
+
+def test_a_request_past_the_context_is_rejected_with_its_reason() -> None:
+    outcome = served([Request(0, 90, 10), Request(0, 91, 10)], replace(ALONE, context=100))[0]
+    assert (outcome.requests, outcome.rejected) == (1, 1) and "100 tokens at most" in outcome.reasons[0]
+
+
+# ---- what else there is to ask ----
+
+
+def test_one_at_a_time_saturates_at_the_rate_of_its_service() -> None:
+    assert saturation([Request(0, 100, 20)] * 50, ALONE) == pytest.approx(1 / service(100, 20), rel=1e-6)
+    twice = replace(ALONE, replicas=2)
+    assert saturation([Request(0, 100, 20)] * 50, twice) == pytest.approx(2 / service(100, 20), rel=0.03)
+
+
+def test_saturation_needs_answers() -> None:
+    with pytest.raises(NarrowsError, match="too few"):
+        saturation([Request(0, 10**6, 10)], ALONE)
+
+
+def test_more_of_a_resource_never_hurts_and_the_link_of_one_device_is_nothing() -> None:
+    requests = list(generate(20.0, 200, Lengths(200, 40), seed=1))
+    found = what_if(lambda group, apart: serve(requests, group, apart), Group(GRAPH, L4, SMALL, blocks=500))
+    assert set(found) == {"compute", "bandwidth", "link"}
+    assert set(found["link"].values()) == {1.0}
+    for resource in ("compute", "bandwidth"):
+        assert all(1 / 1.1 - 0.02 < ratio <= 1.0 for ratio in found[resource].values())
+    assert found["bandwidth"]["tpot"] < found["compute"]["tpot"]
+
+
+def test_a_timeline_has_every_second_of_every_request_in_a_lane_of_its_own() -> None:
+    answers = served(list(generate(30.0, 100, Lengths(200, 40, 1, 1), seed=3)), Group(GRAPH, L4, SMALL, blocks=100))[1]
+    found = timeline(answers)
+    whole = sum(a.last - a.request.arrival for a in answers) / PS
+    assert sum(span.end - span.start for span in found.spans) == pytest.approx(whole)
+    for lane in found.lanes.values():
+        assert all(found.spans[a].end <= found.spans[b].start + 1e-9 for a, b in pairwise(lane))
+    assert len(found.trace()["traceEvents"]) > len(found.spans)
