@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from narrows.errors import NarrowsError
 from narrows.simulate.serving import Request
 from narrows.simulate.step_times import PS
-from narrows.simulate.workload import Lengths, first, generate, read, scaled
+from narrows.simulate.workload import Lengths, first, generate, like, loads, read, scaled
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
@@ -135,3 +135,18 @@ def test_a_faster_load_has_the_same_requests_sooner() -> None:
 def test_no_rate_is_refused() -> None:
     with pytest.raises(NarrowsError, match="no rate"):
         list(generate(0.0, 1, Lengths(1, 1)))
+
+
+@pytest.mark.parametrize("name", loads())
+def test_a_bundled_load_is_like_its_trace(name: str) -> None:
+    made = list(like(name, count=20_000, seed=1))
+    assert made == list(like(name, count=20_000, seed=1))
+    spans = made[-1].arrival / PS / (len(made) - 1)
+    again = list(like(name, count=20_000, rate=2.0, seed=1))
+    assert again[-1].arrival / PS / (len(again) - 1) == pytest.approx(0.5, rel=0.35)  # the code trace comes in long bursts
+    assert spans > 0 and Lengths.like(made).prompt == pytest.approx(Lengths.like(again).prompt, rel=0.05)
+
+
+def test_an_unknown_load_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(NarrowsError, match="azure-2023-conv"):
+        next(like("azure-conv"))

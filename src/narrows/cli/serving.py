@@ -34,12 +34,13 @@ def simulate() -> None:
 
 load_options = grouped_options(
     click.option("--trace", type=click.Path(dir_okay=False), help="Azure CSV, Mooncake JSONL or vLLM requests JSONL."),
-    click.option("--rate", type=float, help="Instead: requests per second; with --trace, plays that trace at this rate."),
-    click.option("--requests", "count", type=int, help="At most so many (default: the whole trace, or 1000)."),
-    click.option("--prompt", "-p", default=1024.0, show_default=True, help="Mean tokens of a prompt (without --trace)."),
-    click.option("--output", "-o", default=256.0, show_default=True, help="Mean tokens of an answer (without --trace)."),
-    click.option("--spread", default=1.0, show_default=True, help="Coefficient of variation of both (without --trace)."),
-    click.option("--burst", default=1.0, show_default=True, help="Coefficient of variation of the gaps; 1 is Poisson."),
+    click.option("--load", "named", metavar="NAME", help="Like a recorded one: azure-2023-conv, azure-2023-code, mooncake-..."),
+    click.option("--rate", type=float, help="Requests per second: alone, or instead of that of a trace or load."),
+    click.option("--requests", "count", type=int, help="At most so many (default: as many as there are, or 1000)."),
+    click.option("--prompt", "-p", default=1024.0, show_default=True, help="Mean tokens of a prompt (with --rate alone)."),
+    click.option("--output", "-o", default=256.0, show_default=True, help="Mean tokens of an answer (with --rate alone)."),
+    click.option("--spread", default=1.0, show_default=True, help="Coefficient of variation of both (with --rate alone)."),
+    click.option("--burst", default=1.0, show_default=True, help="The same of the gaps; 1 is Poisson (with --rate alone)."),
     click.option("--seed", default=0, show_default=True),
 )
 
@@ -160,8 +161,8 @@ def _show(found: Any, name: str, group: Any, apart: Any, engine: str, more: dict
         click.echo(f"Interrupted after {found.requests + found.rejected:,} requests; these were answered.", err=True)
 
 
-def requests_of(trace: str | None, rate: float | None, count: int | None, prompt: float, output: float, spread: float,
-                burst: float, seed: int) -> Any:  # fmt: skip
+def requests_of(trace: str | None, named: str | None, rate: float | None, count: int | None, prompt: float, output: float,
+                spread: float, burst: float, seed: int) -> Any:  # fmt: skip
     """The load that the options mean."""
     from narrows.simulate import workload
     from narrows.simulate.step_times import PS
@@ -173,8 +174,10 @@ def requests_of(trace: str | None, rate: float | None, count: int | None, prompt
             return workload.scaled(every, rate * span / max(len(every) - 1, 1)) if span else iter(every)
         found = workload.read(trace)
         return workload.first(found, count) if count else found
+    if named:
+        return workload.like(named, count or 0, rate or 0.0, seed)
     if not rate:
-        raise NarrowsError("there is no load.", where="simulate serve", remedy="Give --trace FILE or --rate PER_SECOND.")
+        raise NarrowsError("there is no load.", where="simulate serve", remedy="Give --trace FILE, --load NAME or --rate NUMBER.")
     return workload.generate(rate, count or 1000, workload.Lengths(prompt, output, spread, spread), seed, burst)
 
 

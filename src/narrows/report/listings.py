@@ -206,7 +206,7 @@ def _cell(value: Any) -> Cell:
     return Cell(", ".join(_words(str(part)) for part in value) if isinstance(value, tuple | list) else str(value))
 
 
-_WHERE = {
+WHERE = {
     "queue": ("waiting to be let in", "scheduling"),
     "prompt": ("reading the prompt", "compute"),
     "interference": ("steps that read others' prompts", "scheduling"),
@@ -227,7 +227,7 @@ def outcome_sentence(o: Outcome, where: str) -> str:
     limited = min(o.ttft_limit, o.tpot_limit) < math.inf
     good = f", {percent(o.good / o.requests)} of them within the limits" if limited else ""
     share = percent(seconds / max(sum(o.ledger(0.01).values()), 1e-12))
-    return f"{where}: {rate}{good}; the slowest 1 % spend {share} of their time on {_WHERE[slow][0]}."
+    return f"{where}: {rate}{good}; the slowest 1 % spend {share} of their time on {WHERE[slow][0]}."
 
 
 def latency_table(o: Outcome) -> Table:
@@ -244,8 +244,8 @@ def request_table(o: Outcome) -> Table:
     every, slow = o.ledger(), o.ledger(0.01)
     whole = max(sum(every.values()), 1e-12)
     rows = tuple(
-        (Cell(_WHERE[part][0], tone=_WHERE[part][1]), Cell(format_seconds(s), s), Cell(percent(s / whole), s),
-         Cell(share=s / whole, tone=_WHERE[part][1]), Cell(format_seconds(slow[part]), slow[part]))
+        (Cell(WHERE[part][0], tone=WHERE[part][1]), Cell(format_seconds(s), s), Cell(percent(s / whole), s),
+         Cell(share=s / whole, tone=WHERE[part][1]), Cell(format_seconds(slow[part]), slow[part]))
         for part, s in every.items() if s or slow[part]
     )  # fmt: skip
     total = (Cell("a request"), Cell(format_seconds(whole)), Cell("100 %"), Cell(), Cell(format_seconds(sum(slow.values()))))

@@ -5,14 +5,17 @@ import json
 import math
 import random
 import re
+import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from narrows.errors import NarrowsError
+from narrows.errors import NarrowsError, closest
 from narrows.simulate.serving import Request
 from narrows.simulate.step_times import PS
 
@@ -158,6 +161,28 @@ def _length(draw: random.Random, mean: float, spread: float) -> int:
         return max(1, round(mean))
     variance = math.log(1 + spread**2)
     return max(1, round(draw.lognormvariate(math.log(mean) - variance / 2, variance**0.5)))
+
+
+@cache
+def _loads() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(files("narrows.data").joinpath("loads.toml").read_text("utf-8"))
+
+
+def loads() -> list[str]:
+    """The names of bundled loads that are like recorded ones."""
+    return sorted(_loads())
+
+
+def like(name: str, count: int = 0, rate: float = 0.0, seed: int = 0) -> Iterator[Request]:
+    """Requests as in a recorded trace by its mean rate, its burst and its lengths; 0: as many, and as often, as there.
+
+    Raises NarrowsError for a name that is not bundled.
+    """
+    if name not in _loads():
+        raise NarrowsError(f"no load is called {name!r}.", where="--load", remedy=closest(name, loads()))
+    c = _loads()[name]
+    lengths = Lengths(c["prompt"], c["output"], c["prompt_spread"], c["output_spread"])
+    return generate(rate or c["rate"], count or c["requests"], lengths, seed, c["burst"])
 
 
 def scaled(requests: Iterable[Request], factor: float) -> Iterator[Request]:
