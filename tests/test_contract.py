@@ -17,12 +17,13 @@ from narrows.footprint import footprint
 from narrows.free import FREE
 from narrows.graph import Graph
 from narrows.machine import machine
+from narrows.own import OWN
 from narrows.papers import module_name, paper
 from narrows.plan import Plan
 from narrows.step import Step
 from narrows.technique import Measures, No, Rewrites, Technique, Trains, techniques
 
-ALL: dict[str, type[Technique]] = {**techniques(), **FREE}
+ALL: dict[str, type[Technique]] = {**techniques(), **FREE, **OWN}
 REWRITES = {slug: t for slug, t in ALL.items() if issubclass(t, Rewrites)}
 FROM_PAPERS = techniques()
 EMPTY = Graph("empty", ())

@@ -20,7 +20,7 @@ LAYERS = [
     {"cost", "costmodel", "energy", "footprint"},
     {"capture", "technique", "samples", "headers"},
     {"diagnose", "explain", "modules", "formats"},
-    {"techniques", "free", "simulate"},
+    {"techniques", "free", "own", "simulate"},
     {"plan", "claims", "directory", "measured"},
     {"prescribe", "verify", "calibrate", "validate", "search", "emit", "probes", "ranks", "anchors", "run"},
     {"workflow", "here", "doctor", "experiments"},

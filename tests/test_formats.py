@@ -66,12 +66,17 @@ def test_a_plain_model_changes_nothing():
     assert from_state(tensors, config).keys() == tensors.keys()
 
 
-def test_several_formats_are_refused():
+def test_layers_of_several_formats_come_back_and_config_names_them():
     model = packed(int4(64))
     layer = model.model.layers[0].mlp
     layer.up_proj = PackedLinear.of(quantized(torch.randn(192, 128), int8()))
-    with pytest.raises(NarrowsError, match="packed as int4 and int8"):
-        to_state(model)
+    tensors, changes = to_state(model)
+    back, ours = from_state(tensors, changes), model.state_dict()
+    assert all(torch.equal(t, ours[n]) for n, t in back.items())
+    config = {**model.config.to_dict(), **changes}
+    graph = from_config(config, "written")
+    up = [op for op in graph.find("linear") if op.name.endswith("up_proj")]
+    assert {op.weight.bits: op.repeat for op in up} == {8: 1, 4: 1}
 
 
 @pytest.mark.parametrize("part", PARTS)

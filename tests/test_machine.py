@@ -43,6 +43,7 @@ WANTED = [
     "gb200",
     "mi210",
     "mi250x",
+    "mi250x-gcd",
     "mi300x",
     "tpu-v4",
     "tpu-v5e",

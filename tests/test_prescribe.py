@@ -8,6 +8,7 @@ from narrows.capture import capture
 from narrows.diagnose import diagnose, prepared, timed
 from narrows.free import FREE
 from narrows.machine import machine, of_cluster
+from narrows.own import OWN
 from narrows.papers import papers
 from narrows.plan import Plan
 from narrows.prescribe import WORTHWHILE, as_json, prescribe
@@ -19,9 +20,10 @@ A100, DECODE = machine("a100-80gb"), Step.decode(1, 2048)
 def test_every_row_of_the_catalogue_is_ranked_or_refused() -> None:
     found = prescribe(capture("llama-3.1-8b"), A100, DECODE)
     ranked = {t.card.slug for o in found.options for t in o.plan}
-    assert ranked | set(found.why_not) | {t.card.slug for o in found.free for t in o.plan} == {p.slug for p in papers()} | set(
-        FREE
-    )
+    assert ranked | set(found.why_not) | {t.card.slug for o in found.free for t in o.plan} == {p.slug for p in papers()} | {
+        *FREE,
+        *OWN,
+    }
     assert all(len(reason) > 10 for reason in found.why_not.values())
 
 

@@ -67,3 +67,17 @@ def test_meta_layers_are_factored_without_a_solver():
 
 def test_grouped_and_transposed_convolutions_are_left():
     assert not any(low_rank.is_factorable(m) for m in (nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), nn.LSTM(3, 3)))
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_outputs_are_products_of_patches(layer):
+    x = (
+        torch.randn(2, 3, 12)
+        if isinstance(layer, nn.Linear)
+        else torch.randn(2, layer.in_channels, *[9] * (layer.weight.dim() - 2))
+    )
+    with torch.no_grad():
+        out = layer(x) if isinstance(layer, nn.Linear) else layer(x).movedim(1, -1)
+        bias = 0 if layer.bias is None else layer.bias
+        ours = low_rank.patches(layer, x) @ low_rank.matrix(layer).T + bias
+    torch.testing.assert_close(ours, out.reshape(-1, out.shape[-1]), rtol=1e-4, atol=1e-5)

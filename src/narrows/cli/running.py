@@ -28,7 +28,7 @@ def train(plan: str, nproc: int | None, steps: int, sequence: int, folder: str, 
     Losses, gradients and weights must equal those of one process, passes run in the planned order, and the bytes sent be
     those of the graph; exit 1 if not. Under torchrun it takes part as the rank that torchrun says.
     """
-    require("narrows run", "torch", "torch", "safetensors")
+    require("narrows run", "hf", "torch", "safetensors")
     from narrows import layout as layouts
     from narrows.run import check
     from narrows.run.launch import under_torchrun

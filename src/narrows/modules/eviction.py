@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-SINKS = 4
+from narrows.errors import NarrowsError
+
+SINKS = 4  # first tokens, which draw attention whatever they say
+PIECE = 128  # queries whose scores are in memory at once
 
 
 class Evicted(DynamicLayer):  # type: ignore[misc]
@@ -40,19 +43,40 @@ class Evicted(DynamicLayer):  # type: ignore[misc]
         self.seen = 0
 
 
+def without(t: Tensor, count: int) -> Tensor:
+    """Keys or values [B, K, S, d] without the `count` oldest after the sinks."""
+    return torch.cat([t[..., :SINKS, :], t[..., SINKS + count :, :]], dim=-2)
+
+
+def attention_mass(queries: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """The attention that each key [B, K, S, d] gets from queries [B, H, T, d], those of the last T tokens: [B, H, S], their sum.
+
+    `mask` as attention takes it, else causal. Queries come in pieces, so that no T x S matrix is made.
+    """
+    new, length = queries.shape[2], keys.shape[2]
+    repeated = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).mT * scaling
+    total = queries.new_zeros(*queries.shape[:2], length, dtype=torch.float32)
+    for start in range(0, new, PIECE):
+        piece = queries[:, :, start : start + PIECE]
+        end = length - new + start
+        if mask is None:
+            visible = torch.ones(piece.shape[2], length, dtype=torch.bool, device=keys.device).tril(end)
+        else:
+            visible = mask[..., mask.shape[-2] - new + start :, :length][..., : piece.shape[2], :]
+        logits = piece @ repeated
+        masked = logits.masked_fill(~visible, torch.finfo(logits.dtype).min) if visible.dtype == torch.bool else logits + visible
+        total += masked.softmax(-1, dtype=torch.float32).sum(2)
+    return total
+
+
 def attention_scores(queries: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """How much the last W queries [B, H, W, d] look at each key [B, K, S, d] before them: [B, K, S - W].
 
     The mean over the queries, and over the query heads that share a key head; `mask` as attention takes it, else causal.
     """
-    window, length = queries.shape[2], keys.shape[2]
-    logits = queries @ keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).mT * scaling
-    if mask is None:
-        mask = torch.ones(window, length, dtype=torch.bool, device=keys.device).tril(length - window)
-    mask = mask[..., -window:, :length]
-    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
-    looks = logits.softmax(-1, dtype=torch.float32)[..., : length - window].mean(2)
-    return looks.unflatten(1, (keys.shape[1], -1)).mean(2)
+    window = queries.shape[2]
+    mass = attention_mass(queries, keys, scaling, mask)[..., : keys.shape[2] - window]
+    return mass.unflatten(1, (keys.shape[1], -1)).mean(2) / window
 
 
 def keep(scores: Tensor, budget: int, window: int, kernel: int) -> Tensor:
@@ -71,6 +95,16 @@ def turned(queries: Tensor, embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
     part, rest = queries[..., : cos.shape[-1]], queries[..., cos.shape[-1] :]
     first, second = part.chunk(2, dim=-1)
     return torch.cat([part * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+
+def attention_layers(model: nn.Module, slug: str) -> list[Any]:
+    """The attention modules of a decoder, lowest first. Raises NarrowsError where they are not alike, or changed already."""
+    types = set(getattr(getattr(model, "config", None), "layer_types", None) or [""])
+    layers: list[Any] = [m for m in model.modules() if all(hasattr(m, name) for name in ("layer_idx", "q_proj", "scaling"))]
+    if not layers or len(types) > 1 or any(hasattr(m, "eviction") or hasattr(m, "watch") for m in layers):
+        problem = f"{type(model).__name__} has no attention layers that it can cap, all alike and not capped yet."
+        raise NarrowsError(problem, where=slug, remedy="Use a decoder of the llama, mistral or qwen kind.")
+    return sorted(layers, key=lambda m: m.layer_idx)
 
 
 class Eviction:

@@ -1,10 +1,14 @@
 """Linear and convolution layers as two layers with a narrow middle, made of standard modules alone."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from narrows.modules.calibration import vectors
 
 Factors = tuple[Tensor, Tensor]
 _CONVOLUTIONS = {nn.Conv1d, nn.Conv2d, nn.Conv3d}
@@ -81,6 +85,20 @@ def matrix(layer: nn.Module) -> Tensor:
     """The layer's weight as [N, K]: outputs by everything that one of them is a sum of."""
     weight: Tensor = layer.weight.detach()
     return weight.T if _is_transposed(layer) else weight.flatten(1)
+
+
+def patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the outputs of a factorable layer are products of, [T, K]: its input's rows, or a convolution's patches."""
+    if not isinstance(layer, tuple(_CONVOLUTIONS)):
+        return vectors(layer, x)
+    conv: Any = layer
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    space = range(2, x.dim())
+    for dim, size, stride, dilation in zip(space, conv.kernel_size, conv.stride, conv.dilation, strict=True):
+        x = x.unfold(dim, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    x = x.movedim(1, 1 + len(space))  # [B, positions, C, kernel]
+    return x.reshape(-1, conv.in_channels * math.prod(conv.kernel_size))
 
 
 def is_factorable(layer: nn.Module) -> bool:

@@ -1,0 +1,117 @@
+"""What techniques share that put another layer in the place of every plain linear one, and how planes are kept."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from narrows.errors import NarrowsError
+from narrows.graph import DType, Graph, Op
+from narrows.machine import Machine
+from narrows.step import Step
+from narrows.technique import No, Rewrites, Verdict
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NUMBERS_PER_BYTE = {2: 8, 3: 5}  # signs and trits
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """How a weight that is a sum of scaled planes of signs or trits is kept.
+
+    values   2: signs, 3: trits;  count  planes;  group  weights that share a scale
+    powers   0: a scale is a bf16 number, else a sum of so many signed powers of two, a byte each
+    by       along what weights share a scale: inputs (of one output), or outputs (of one input)
+    """
+
+    values: int
+    count: int
+    group: int
+    powers: int = 0
+    by: str = "inputs"
+
+    @property
+    def stored(self) -> DType:
+        """As the format of a weight."""
+        name = f"{self.count} {'sign' if self.values == 2 else 'trit'} planes"
+        bits = self.count * 8 / NUMBERS_PER_BYTE[self.values]
+        return DType(name, bits, self.group, scale_bits=self.count * (8 * self.powers or 16))
+
+    def unfit(self, inputs: int, outputs: int) -> str:
+        """Why a matrix does not split into its groups, or ''."""
+        if inputs % self.group or (self.by == "outputs" and outputs % self.group):
+            return f"{inputs} inputs and {outputs} outputs are no multiples of group={self.group}"
+        return f"{inputs} inputs do not fill bytes of 8 signs" if self.values == 2 and inputs % 8 else ""
+
+
+class ReplacesLinears(Rewrites):
+    """Another layer for every plain linear one but the output layer: smaller, and slower where no kernel reads it packed."""
+
+    WHOLE = ("lm_head", "classifier", "score")
+    SLOWER = ""  # what it costs where the plain weights fit the memory: the reason to refuse
+
+    @abstractmethod
+    def unfit(self, inputs: int, outputs: int) -> str:
+        """Why a layer of these sizes cannot be replaced, or ''."""
+
+    @abstractmethod
+    def parts(self, op: Op) -> Sequence[Op]:
+        """The ops that take a linear op's place."""
+
+    @abstractmethod
+    def hollow(self, linear: "nn.Linear") -> "nn.Module":
+        """The structure of the layer that takes a linear layer's place."""
+
+    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
+        ops = [op for op in graph.find("linear") if self._fits(op)]
+        if not ops:
+            return No("it has no plain linear layer besides its output layer; quantized ones stay as they are")
+        for op in ops:
+            if reason := self.unfit(int(op["inputs"]), int(op["outputs"])):  # type: ignore[arg-type]
+                return No(reason)
+        if machine and graph.weight_bytes < machine.memory.capacity_bytes:
+            return No(f"its {graph.weight_bytes / 1e9:.3g} GB of weights fit the memory, and {self.SLOWER}")
+        return True
+
+    def rewrite(self, graph: Graph) -> Graph:
+        return graph.map(lambda op: list(self.parts(op)) if op.kind == "linear" and self._fits(op) else op)
+
+    def restructure(self, model: "nn.Module") -> "nn.Module":
+        """What `apply` does to the structure of a model, on one without data."""
+        for name, linear in self.layers(model).items():
+            model.set_submodule(name, self.hollow(linear))
+        return model
+
+    def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
+        """The layers to replace, by path; raises NarrowsError for weights that are no finite numbers or do not fit."""
+        from torch import nn
+
+        shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        found = {name: m for name, m in model.named_modules()
+                 if type(m) is nn.Linear and name.split(".")[-1] not in self.WHOLE and id(m.weight) not in shared}  # fmt: skip
+        where = self.card.slug
+        if not found:
+            raise NarrowsError("the model has no plain linear layer.", where=where, remedy="Use another technique.")
+        for name, linear in found.items():
+            if reason := self.unfit(linear.in_features, linear.out_features):
+                raise NarrowsError(f"{reason}.", where=f"{where}: {name}", remedy="Use another group.")
+            if not linear.weight.is_meta and not linear.weight.isfinite().all():
+                raise NarrowsError("weights are NaN or infinite.", where=f"{where}: {name}", remedy="Repair the model first.")
+        return found
+
+    def _fits(self, op: Op) -> bool:
+        """Whether an op is a linear layer with plain weights of its own, other than the output layer."""
+        plain = op.weight is not None and not op.weight.scale_bits and op.weight.bits >= 16 and not op.tied
+        return plain and op["matrices"] == 1 and op.split != "vocabulary" and op.name.split(".")[-1] not in self.WHOLE
+
+
+def branched(op: Op, base: Op, rank: int) -> tuple[Op, ...]:
+    """A linear op as `base`, in another format, with a branch of that rank in the op's own, and the sum of both."""
+    if not rank:
+        return (base,)
+    down, up = op.but(name=f"{op.name}.down", outputs=rank, bias=0), op.but(name=f"{op.name}.up", inputs=rank, bias=0)
+    numbers = op["rows"] * op["outputs"]  # type: ignore[operator]
+    total = replace(op, kind="elementwise", dims={"elements": numbers, "reads": 2 * numbers}, weight=None, split="")
+    return replace(base, name=f"{op.name}.base"), down, up, total
