@@ -14,6 +14,7 @@ from narrows.graph import Dim, Graph, Op, Size
 _BOXING = {
     ("partial", "whole"): "all_reduce",
     ("partial", "rows"): "reduce_scatter",
+    ("partial", "features"): "reduce_scatter",
     ("rows", "whole"): "all_gather",
     ("features", "whole"): "all_gather",
     ("rows", "features"): "all_to_all",

@@ -72,4 +72,4 @@ def played(stage: Stage, order: Order, links: Links) -> float:
         sends: Any = [[stage.message_bytes / links[a, b] if a != b else 0.0 for b in row] for a in row]
         work = Work.of(p, n, stage.forward, stage.backward / 2, stage.backward / 2, sends)
         slowest = max(slowest, one_f_one_b(p, n).play(work).seconds)
-    return slowest + summing_seconds(stage, order, links)
+    return float(slowest + summing_seconds(stage, order, links))

@@ -54,7 +54,7 @@ class Holmes(Measures):
         ),
     )  # fmt: skip
     wiring: str = choice("aws-p4d", "dgx-h100", help="the cluster whose nodes these are")
-    nodes: int = choice(2, 4, 8)
+    nodes: int = choice(4, 8)
     stages: int = choice(0, 2, 4, help="0: whichever is fastest")
     sorted_by_card: bool = choice(True, help="False: nodes in the order of their ranks, and Ethernet, which all of them have")
     rdma_bytes_per_s: float = 25e9  # of a node: cards of 200 Gb/s, as in the paper

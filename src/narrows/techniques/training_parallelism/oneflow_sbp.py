@@ -117,8 +117,6 @@ class SBP(Measures):
             return 0.0
         if not self.signatures:  # by way of the whole tensor, which data parallelism alone has collectives for
             return _sent(boxing(have, "whole"), elements, self.devices)
-        if (have, want) == ("partial", "features"):
-            want = "rows"  # the same collective along the other dim
         kind = boxing(have, want)
         return _sent(kind, elements / self.devices if kind == "all_to_all" else elements, self.devices)
 
