@@ -1,18 +1,24 @@
 """Low-rank branches beside layers in few bits: rounding by token, what a branch leaves, training that starts where it was."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from narrows import samples
 from narrows.capture.torch import from_module
+from narrows.directory import load, save
 from narrows.errors import NarrowsError
 from narrows.graph import FP32
 from narrows.machine import machine
 from narrows.modules.branch import RoundedLinear, rounded_by_group
+from narrows.plan import Plan
 from narrows.step import Step
-from narrows.technique import No
+from narrows.technique import No, Rewrites
 from narrows.techniques.quantization.int2_1_emef_lrec import INT2
+from narrows.techniques.quantization.ptqtp import PTQTP
+from narrows.techniques.quantization.shiftaddllm import ShiftAddLLM
 from narrows.techniques.quantization.svdquant_nunchaku import SVDQuant
 
 
@@ -40,7 +46,8 @@ def test_a_branch_takes_up_what_outliers_cost() -> None:
     torch.manual_seed(0)
     plain = nn.Linear(128, 96).requires_grad_(False)
     x = torch.randn(64, 128) * torch.cat((torch.full((4,), 30.0), torch.ones(124)))
-    errors = [float((SVDQuant(rank=r, group=32).replaced(plain, x)(x) - plain(x)).square().sum()) for r in (0, 8, 32)]
+    with torch.no_grad():
+        errors = [float((SVDQuant(rank=r, group=32).replaced(plain, x)(x) - plain(x)).square().sum()) for r in (0, 8, 32)]
     assert errors[2] < errors[1] < errors[0]
 
 
@@ -64,3 +71,18 @@ def test_they_refuse_without_data_and_where_plain_weights_fit(technique: SVDQuan
     verdict = technique.check(graph, machine("rtx-4090"), Step.prefill(1, 8))
     assert isinstance(verdict, No) and "fit the memory" in verdict.reason
     assert technique.check(graph, None, Step.prefill(1, 8)) is True
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [SVDQuant(rank=4, group=32), INT2(rank=4, group=32, steps=2), PTQTP(group=32), ShiftAddLLM(group=16)],
+    ids=lambda t: t.card.slug,
+)
+def test_a_saved_model_comes_back_the_same(technique: Rewrites, tmp_path: Path) -> None:
+    model, data = samples.tiny_llama(1, 16)
+    plan = Plan((technique,))
+    changed = plan.apply(model.eval(), data)
+    save(changed, None, tmp_path / "saved", plan)
+    again, _ = load(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(**data[0]).logits, changed(**data[0]).logits)

@@ -140,8 +140,17 @@ def test_models_are_changed_once(technique: Rewrites) -> None:
         technique.apply(changed, [])
 
 
-@pytest.mark.parametrize("wrong", [(D2O, {"budget": 4}), (D2O, {"recent": 0.0}), (LightTransfer, {"share": 1.0}),
-                                   (LightTransfer, {"by": "luck"}), (TidalDecode, {"budget": 2}), (TidalDecode, {"again": 1.0})])  # fmt: skip
+WRONG = [
+    (D2O, {"budget": 4}),
+    (D2O, {"recent": 0.0}),
+    (LightTransfer, {"share": 1.0}),
+    (LightTransfer, {"by": "luck"}),
+    (TidalDecode, {"budget": 2}),
+    (TidalDecode, {"again": 1.0}),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_impossible_options_raise(wrong: tuple) -> None:
     with pytest.raises(NarrowsError, match="is not possible"):
         wrong[0](**wrong[1])

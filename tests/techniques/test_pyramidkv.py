@@ -45,7 +45,8 @@ def test_a_config_graph_before_and_after() -> None:
 
 
 @pytest.mark.parametrize("name,reason", [("gpt2", "q_proj"), ("bert-base", "from step to step"), ("gemma-2-9b", "same tokens"),
-                                         ("deepseek-v3", "no attention"), ("mamba-2.8b", "no attention")])  # fmt: skip
+                                         ("deepseek-v3", "no attention"), ("mamba-2.8b", "no attention"),
+                                         ("mistral-7b", "slides")])  # fmt: skip
 def test_graphs_that_are_refused(name: str, reason: str) -> None:
     verdict = PyramidKV().check(capture(name), None, Step.decode(1, 900))
     assert not verdict

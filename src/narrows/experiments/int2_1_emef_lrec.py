@@ -73,4 +73,4 @@ def _held(layer: Any, inputs: int) -> int:
     y.sum().backward()
     if any(p.grad is None for p in trained) or x.grad is None:
         raise AssertionError("a gradient is missing")
-    return sum(kept.values()) + sum(3 * p.numel() * p.element_size() for p in trained)
+    return sum(kept.values()) + 3 * sum(int(p.nbytes) for p in trained)

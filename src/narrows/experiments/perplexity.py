@@ -32,14 +32,14 @@ def added_nats(change: "Callable[[torch.nn.Module, Batches], torch.nn.Module]", 
 
 
 @cache
-def nats_of(technique: Rewrites, rotated: bool = False) -> float:
+def nats_of(technique: Rewrites) -> float:
     """Nats per held-out token that a technique adds."""
-    return added_nats(technique.apply, rotated)
+    return added_nats(technique.apply)
 
 
-def perplexity_ratio(technique: Rewrites, rotated: bool = False) -> float:
+def perplexity_ratio(technique: Rewrites) -> float:
     """How many times the held-out perplexity grows."""
-    return math.exp(nats_of(technique, rotated))
+    return math.exp(nats_of(technique))
 
 
 @cache

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from narrows.experiments.blocks import first_blocks
@@ -38,7 +39,7 @@ def error_after_rounds(technique: PTQTP) -> float:
     for layer in (m for m in block.modules() if isinstance(m, nn.Linear)):
         form = replace(technique, group=64).form
         errors = fit(layer.weight.reshape(-1, 64), form, technique.rounds).errors
-        if any(after > before * (1 + 1e-6) for before, after in zip(errors, errors[1:], strict=False)):
+        if any(after > before * (1 + 1e-6) for before, after in pairwise(errors)):
             return math.nan
         first, last = first + errors[0], last + errors[-1]
     return last / first

@@ -1,4 +1,4 @@
-"""What ShiftAddLLM claims: products by shifts and additions alone, perplexity beside rounding, and the energy of its arithmetic."""
+"""What ShiftAddLLM claims: products by shifts and additions, perplexity beside rounding, energy of arithmetic."""
 
 import math
 from dataclasses import replace
@@ -21,8 +21,6 @@ PICOJOULES = {"multiplication": 1.1, "addition": 0.4, "look-up": 0.37, "shift": 
 @one_thread()
 def shift_and_add_error(technique: ShiftAddLLM) -> float:
     """Largest difference between a layer by integer shifts, look-ups and additions and its product in 64-bit floats."""
-    import torch
-
     from narrows.modules.calibration import observed
     from narrows.modules.planes import PlanesLinear, shifted
 

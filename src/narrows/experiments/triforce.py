@@ -1,14 +1,14 @@
 """How much of what SmolLM2-135M says with a quarter of its cache it says with all of it too, and what that is worth at scale."""
 
-import copy
 import math
 from dataclasses import replace
 from functools import cache
 
 import torch
 
+from narrows import samples
 from narrows.capture import capture
-from narrows.experiments.decoded import PROMPT, model, passages
+from narrows.experiments.decoded import PROMPT, passages
 from narrows.machine import machine
 from narrows.step import Step
 from narrows.techniques.decoding.triforce import TriForce
@@ -19,8 +19,7 @@ _TOKENS, _OUTER, _CONTEXT = 16, 3, 122_880
 @cache
 def _float() -> torch.nn.Module:
     """The model in fp32: in bf16 a check of several tokens may round to another token than one by one."""
-    whole: torch.nn.Module = copy.deepcopy(model()[0]).float()
-    return whole
+    return samples.smollm2()[0]
 
 
 @cache

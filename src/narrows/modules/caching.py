@@ -18,12 +18,12 @@ def cacheable(graph: Graph) -> Verdict:
     attention, layers = graph.find("attention"), attentions(graph)
     if not attention or any(op.cache is None for op in attention):
         return No("it has no attention that keeps keys and values from step to step")
-    if any("[window=" in field for op in attention for field, _ in getattr(op["held"], "terms", ())):
-        return No("its attention slides over a window already")
     if sum(op.repeat for op in graph.find("linear") if op.name.endswith(".q_proj")) != layers:
         return No(f"of its {layers} attention layers not all have a q_proj of their own, with which to score the prompt")
     if len({replace(op, name="", inputs=(), repeat=1) for op in attention}) > 1:
         return No("its attention layers do not all see the same tokens")
+    if any("[window=" in field for op in attention for field, _ in getattr(op["held"], "terms", ())):
+        return No("its attention slides over a window already")
     return True
 
 

@@ -1,41 +1,22 @@
 """Softmax in two passes over memory with (mantissa, exponent) pairs, compiled for this CPU, beside the usual three passes."""
 
 import ctypes
-import shutil
-import subprocess
-import tempfile
 from functools import cache
-from importlib.resources import as_file, files
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from narrows.errors import NarrowsError
+from narrows.modules.compiled import library
 
 PASSES: dict[str, int] = {"two_pass": 3, "three_pass_recompute": 4, "three_pass_reload": 5}  # floats moved per element
 LARGEST = 1e6  # logits beyond lose the bits that tell neighbours apart
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 
 
 @cache
 def _built(counting: bool) -> ctypes.CDLL:
     """The C file as a library; its functions count what they load and store if `counting`."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise NarrowsError("no C compiler is on the PATH.", where="two-pass softmax", remedy="Install gcc or clang (as `cc`).")
-    define = ("-DCOUNT",) if counting else ()
-    with tempfile.TemporaryDirectory() as folder, as_file(files("narrows.modules").joinpath("two_pass_softmax.c")) as source:
-        library = Path(folder) / "softmax.so"
-        command = (compiler, *_FLAGS, *define, "-o", str(library), str(source), "-lm")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise NarrowsError(
-                f"{' '.join(command)} failed: {done.stderr.strip()[-400:]}",
-                where="two-pass softmax",
-                remedy="Put a C11 compiler that knows -march=native first on the PATH.",
-            )
-        return ctypes.CDLL(str(library))
+    return library("two_pass_softmax", "two-pass softmax", *(("-DCOUNT",) if counting else ()))
 
 
 Floats = NDArray[np.float32]
@@ -62,8 +43,8 @@ def _run(x: Floats, algorithm: str, out: Floats, counting: bool) -> tuple[Floats
         raise NarrowsError(f"{x.dtype} of shape {x.shape}.", where="softmax: x", remedy="Give fp32 numbers, at least one.")
     if out.dtype != np.float32 or out.shape != x.shape or not out.flags.c_contiguous or np.may_share_memory(x, out):
         raise NarrowsError("it is not an array of its own like x.", where="softmax: out", remedy="Leave it out, or give one.")
-    library, x = _built(counting), np.ascontiguousarray(x)
-    function = getattr(library, f"softmax_{algorithm}")
+    code, x = _built(counting), np.ascontiguousarray(x)
+    function = getattr(code, f"softmax_{algorithm}")
     function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_float
     width = x.shape[-1]
     for start in range(0, x.nbytes, 4 * width):
@@ -72,5 +53,5 @@ def _run(x: Floats, algorithm: str, out: Floats, counting: bool) -> tuple[Floats
             raise NarrowsError(f"a logit is above {LARGEST:g}.", where="softmax: x", remedy="Scale or shift the logits.")
     if not counting:
         return out, 0
-    library.numbers_moved.restype = ctypes.c_int64
-    return out, int(library.numbers_moved())
+    code.numbers_moved.restype = ctypes.c_int64
+    return out, int(code.numbers_moved())
