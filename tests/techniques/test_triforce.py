@@ -23,7 +23,7 @@ def test_the_tokens_are_those_of_the_target(budget: int, chunk: int, by: str, dr
     truth = model.generate(prompt, max_new_tokens=21, **OPTIONS)
     found = TriForce(budget, chunk, outer=5, inner=2, window=32, by=by).generate(model, prompt, 21, small)
     assert torch.equal(found.ids, truth)
-    assert found.steps["target"] * 6 >= 20
+    assert found.taken + found.steps["target"] >= 21 and found.taken <= found.proposed
     if budget == 400:  # the sparse cache lacks nothing
         assert found.acceptance == 1.0
     assert (found.steps["draft"] > 0) == (draft is not None)

@@ -1,6 +1,5 @@
-"""MoE-Lens: its table of caches, its bound against a batch played request by request, and its schedule against prompts first."""
+"""MoE-Lens: its table of caches, its prediction against requests played page by page, and its schedule against prompts first."""
 
-import random
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
