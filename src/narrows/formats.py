@@ -21,18 +21,13 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 def to_state(model: "nn.Module") -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """(tensors by name, changes to config.json) of a model with or without packed layers; tied tensors come once.
 
-    A model without packed layers changes nothing in its config. Raises NarrowsError for layers of several formats, and
-    for outputs that do not fill int32s.
+    A model without packed layers changes nothing in its config. Raises NarrowsError for outputs that do not fill int32s.
     """
     from torch import nn
 
     from narrows.modules.packed_linear import PackedLinear
 
     packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-    formats = {layer.form for layer in packed.values()}
-    if len(formats) > 1:
-        problem = f"its layers are packed as {' and '.join(sorted(f.name for f in formats))}."
-        raise NarrowsError(problem, where=LAYOUT, remedy="Choose one format for all layers.")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
@@ -45,7 +40,7 @@ def to_state(model: "nn.Module") -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     for name, layer in packed.items():
         tensors.update({f"{name}.{part}": tensor for part, tensor in _written(name, layer, dtype).items()})
     plain = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return tensors, {"quantization_config": _config(next(iter(formats)), plain)} if formats else {}
+    return tensors, {"quantization_config": _config(packed, plain)} if packed else {}
 
 
 def from_state(tensors: Mapping[str, "Tensor"], config: Mapping[str, Any]) -> dict[str, "Tensor"]:
@@ -126,13 +121,20 @@ def _numbers(words: "Tensor", bits: int) -> "Tensor":
     return ((words[..., None] >> torch.arange(0, 32, bits)) & (2**bits - 1)).view(len(words), -1).to(torch.int32)
 
 
-def _config(form: DType, plain: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of a model whose linear layers have this format, but for the plain ones.
+def _config(packed: Mapping[str, Any], plain: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of a model with these packed layers, and these linear ones that stay plain.
 
-    `dequantize` is for transformers: its default expects zeros that are not packed (compressed-tensors 0.20).
+    The commonest format is that of every linear layer; the others come first and name theirs (vLLM reads several formats,
+    transformers 5.23 raises). `dequantize` is for transformers: its default expects zeros that are not packed.
     """
-    grouped: dict[str, Any] = {"strategy": "group", "group_size": form.group} if form.group else {"strategy": "channel"}
-    weights = {"num_bits": round(form.bits), "type": "int", "symmetric": not form.zero_bits, **grouped}
-    group = {"targets": ["Linear"], "weights": weights, "format": LAYOUT}
+    layers: dict[DType, list[str]] = {}
+    for name, layer in packed.items():
+        layers.setdefault(layer.form, []).append(name)
+    groups: dict[str, Any] = {}
+    for form in sorted(layers, key=lambda form: len(layers[form])):
+        grouped: dict[str, Any] = {"strategy": "group", "group_size": form.group} if form.group else {"strategy": "channel"}
+        weights = {"num_bits": round(form.bits), "type": "int", "symmetric": not form.zero_bits, **grouped}
+        named = layers[form] if len(groups) + 1 < len(layers) else ["Linear"]
+        groups[f"group_{len(groups)}"] = {"targets": named, "weights": weights, "format": LAYOUT}
     return {"quant_method": "compressed-tensors", "format": LAYOUT, "quantization_status": "compressed",
-            "config_groups": {"group_0": group}, "ignore": plain, "dequantize": True}  # fmt: skip
+            "config_groups": groups, "ignore": plain, "dequantize": True}  # fmt: skip

@@ -8,6 +8,7 @@ from narrows.errors import NarrowsError, closest
 from narrows.free import FREE
 from narrows.graph import Graph
 from narrows.machine import Machine
+from narrows.own import OWN
 from narrows.papers import papers
 from narrows.step import Step
 from narrows.technique import Described, No, Rewrites, Technique, Trains, Verdict, built, technique
@@ -111,12 +112,17 @@ def _written(technique: Technique) -> str:
 _FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
+def named(slug: str) -> type[Technique] | Described | None:
+    """The technique of a name that a plan may use: what is free, what is our own, or a row of the catalogue."""
+    return FREE.get(slug) or OWN.get(slug) or (technique(slug) if slug in {p.slug for p in papers()} else None)
+
+
 def parse(text: str) -> Technique:
     """A technique from its command-line form, `awq` or `awq:bits=4,group=64`; unknown options raise."""
     slug, _, options = text.strip().partition(":")
-    found = FREE.get(slug) or (technique(slug) if slug in {p.slug for p in papers()} else None)
+    found = named(slug)
     if found is None:
-        raise NarrowsError(f"no technique is called {slug!r}.", where="plan", remedy=closest(slug, [*built(), *FREE]))
+        raise NarrowsError(f"no technique is called {slug!r}.", where="plan", remedy=closest(slug, [*built(), *FREE, *OWN]))
     if isinstance(found, Described):
         raise NarrowsError(
             f"{slug} is described but not built.", where="plan", remedy="`narrows papers --status built` lists what is."

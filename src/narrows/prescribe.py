@@ -10,11 +10,12 @@ from narrows.footprint import footprint
 from narrows.free import FREE
 from narrows.graph import Graph
 from narrows.machine import Machine
+from narrows.own import OWN
 from narrows.papers import papers
-from narrows.plan import Plan, Prepare
+from narrows.plan import Plan, Prepare, named
 from narrows.progress import Tell, silent
 from narrows.step import Step
-from narrows.technique import Described, No, Rewrites, Technique, Trains, technique
+from narrows.technique import Described, No, Rewrites, Technique, Trains
 from narrows.verify import known_quality
 
 WORTHWHILE = 1.02  # a predicted gain below this is within what no measurement here could tell from noise
@@ -116,10 +117,10 @@ def prescribe(
     why_not: dict[str, str] = {}
     singles: list[Rewrites | Trains] = []
     free_steps: list[Rewrites | Trains] = []
-    slugs = [*FREE, *(p.slug for p in papers())]
+    slugs = [*FREE, *OWN, *(p.slug for p in papers())]
     for at, slug in enumerate(slugs):
         tell(slug, at, len(slugs))
-        found = _fitting(FREE.get(slug) or technique(slug), graph, ready, machine, step)
+        found = _fitting(named(slug), graph, ready, machine, step)
         if isinstance(found, No):
             why_not[slug] = found.reason
         else:
@@ -167,10 +168,10 @@ def _helps(option: Option, before: Diagnosis) -> bool:
 
 
 def _fitting(
-    found: type[Technique] | Described, graph: Graph, ready: Prepare, machine: Machine, step: Step
+    found: type[Technique] | Described | None, graph: Graph, ready: Prepare, machine: Machine, step: Step
 ) -> Rewrites | Trains | No:
     """The first instance of a technique that accepts this graph, or why none does."""
-    if isinstance(found, Described):
+    if found is None or isinstance(found, Described):
         return No("described only: it has no code here yet")
     if not issubclass(found, Rewrites | Trains):
         return No("an analysis: it changes nothing")

@@ -13,9 +13,12 @@ from narrows import verify as verifying
 from narrows.capture.torch import from_module
 from narrows.diagnose import Diagnosis, diagnose
 from narrows.errors import NarrowsError
+from narrows.free import Bf16
 from narrows.machine import Machine
+from narrows.own import Int8
 from narrows.plan import Plan
 from narrows.progress import Tell
+from narrows.search import budget as budgets
 from narrows.staging import check_place
 from narrows.step import Step
 from narrows.technique import No, Verdict
@@ -84,6 +87,28 @@ def apply(model: str, plan_text: str, out: str, text: str | None, overwrite: boo
     changed = plan.apply(loaded, data)
     tell(f"writing {out}")
     return directory.save(changed, tokenizer, out, plan, source=model, overwrite=overwrite).to_dict()
+
+
+def apply_within(
+    model: str, budget_text: str, out: str, text: str | None, overwrite: bool, tell: Tell
+) -> tuple[budgets.Found, Mapping[str, Any] | None]:
+    """Choose each layer's format within a budget, apply, measure and save: what was found, and the manifest if it is kept."""
+    check_place(Path(out), overwrite, "config.json")
+    _quiet()
+    tell(f"loading {model}")
+    loaded, tokenizer = directory.load(model)
+    budget = budgets.Budget.parse(budget_text, verifying.resident_bytes(loaded))
+    step = Step.forward(1, 128)
+    graph = replace(from_module(loaded, step), eager=True)
+    _require(Int8().check(graph, None, step), model)
+    free = Plan.parse("bf16") if Bf16().check(graph, None, step) else Plan()
+    prose = _prose(text)[1]
+    seen, held_out = (_batches(loaded, tokenizer, prose, held_out=late) for late in (False, True))
+    found = budgets.find(loaded, free, budget, seen, held_out, tell)
+    if found.plan is None or found.model is None:
+        return found, None
+    tell(f"writing {out}")
+    return found, directory.save(found.model, tokenizer, out, found.plan, source=model, overwrite=overwrite).to_dict()
 
 
 def verify(

@@ -243,7 +243,9 @@ def _pixels(config: Any, batch: int, dtype: torch.dtype) -> Tensor:
 
 
 def trim_held(tracer: "Tracer", outputs: Any) -> None:
-    """Set what attention keeps to what the cache holds when the step is over, where hooks have thrown some away."""
+    """Set what attention keeps to what the cache holds when the step is over: hooks throw some away, or hide some from it."""
+    from transformers.cache_utils import DynamicLayer
+
     cache = getattr(outputs, "past_key_values", None)
     cache = getattr(cache, "self_attention_cache", cache)
     if cache is None:
@@ -251,4 +253,5 @@ def trim_held(tracer: "Tracer", outputs: Any) -> None:
     for event in tracer.events:
         layer = cache.layers[event.layer] if event.layer is not None and event.layer < len(cache.layers) else None
         if layer is not None and not layer.is_sliding and isinstance(getattr(layer, "keys", None), Tensor):
-            event.dims["held"] = min(event.dims["held"], layer.keys.shape[0] * layer.keys.shape[-2])
+            held = layer.keys.shape[0] * layer.keys.shape[-2]
+            event.dims["held"] = held if isinstance(layer, DynamicLayer) else min(event.dims["held"], held)

@@ -84,9 +84,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         given = tensors_in((args, kwargs))
         with self.paused(), torch.no_grad():
             out = call(module, *args, **kwargs)
-        op = describe(path, given[0].numel() // given[0].shape[-1], dtype_of(given[0]))
+        made = tensors_in(out)[0]  # an embedding is given ids, which say neither rows nor dtype
+        op = describe(path, made.numel() // made.shape[-1], dtype_of(made))
         self.described.add(path)
-        return self.stand_in(tensors_in(out)[0], [*given, *module.parameters()], op.kind, dict(op.dims), op=op)
+        return self.stand_in(made, [*given, *module.parameters()], op.kind, dict(op.dims), op=op)
 
     @property
     def path(self) -> str:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 NUMBERS_PER_BYTE = {2: 8, 3: 5}  # signs and trits
 
 
+def csr(outputs: int, nonzeros: int) -> DType:
+    """Compressed sparse rows: an fp32 number and a 32-bit column for each nonzero, and where each output's begin."""
+    return DType("csr", 64 + 32 * (outputs + 1) / nonzeros)
+
+
 @dataclass(frozen=True, slots=True)
 class Planes:
     """How a weight that is a sum of scaled planes of signs or trits is kept.

@@ -18,7 +18,7 @@ FLOP its sentence embeddings lose 0.44 times the cosine that they lose with the 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from narrows.cost import Limit
 from narrows.errors import NarrowsError, closest
@@ -126,8 +126,7 @@ class Greenformer(Rewrites):
             if not data:
                 problem = "the solver `activation` needs calibration data."
                 raise NarrowsError(problem, where="greenformer", remedy="Pass a few batches, or solver=svd.")
-            linear: dict[str, Any] = {name: layer for name, (layer, _) in layers.items() if layer.weight.dim() == 2}
-            inputs = observed(model, linear, data, SAMPLES)
+            inputs = observed(model, {name: layer for name, (layer, _) in layers.items()}, data, SAMPLES, low_rank.patches)
         plain = {"snmf": low_rank.semi_nmf, "random": low_rank.random}.get(self.solver, low_rank.svd)
         for name, (layer, rank) in layers.items():
             solve = partial(low_rank.activation_svd, x=inputs[name]) if name in inputs else plain
