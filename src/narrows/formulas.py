@@ -9,6 +9,7 @@ from narrows.step import Step
 # what `kinds` computes, as text: of one repeat of a forward op, in elements (`touched` is a share)
 FORMULAS: dict[str, dict[str, str]] = {
     "linear": {"flop": "2 * rows * inputs * outputs", "reads": "rows * inputs", "writes": "rows * outputs"},
+    "sparse": {"flop": "2 * rows * nonzeros", "reads": "rows * inputs", "writes": "rows * outputs"},
     "matmul": {
         "flop": "2 * rows * inputs * outputs",
         "reads": "(rows * inputs + matrices * inputs * outputs)",

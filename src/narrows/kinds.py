@@ -93,6 +93,16 @@ KINDS: dict[str, Kind] = {
         matmul=True,
         defaults={"bias": 0, "matrices": 1},
     ),
+    # a linear layer that keeps `nonzeros` of its inputs x outputs weights and multiplies with those alone, on vector units
+    "sparse": Kind(
+        dims=("rows", "inputs", "outputs", "nonzeros", "bias"),
+        flop=lambda d: 2 * d["rows"] * d["nonzeros"],
+        reads=lambda d: d["rows"] * d["inputs"],
+        writes=lambda d: d["rows"] * d["outputs"],
+        parameters=lambda d: d["nonzeros"] + (d["bias"] > 0) * d["outputs"],
+        matrix=lambda d: d["nonzeros"],
+        defaults={"bias": 0},
+    ),
     # a product of two activations; `matrices` as above, the right-hand side is inputs x outputs each
     "matmul": Kind(
         dims=("rows", "inputs", "outputs", "matrices"),

@@ -44,4 +44,6 @@ def test_it_says_what_is_missing() -> None:
         MoELens().host(MIXTRAL, replace(A40, links=()))
     with pytest.raises(NarrowsError, match="answer"):
         MoELens(answer=0)
+    with pytest.raises(NarrowsError, match="link_gb_per_s"):
+        MoELens(link_gb_per_s=-1)
     assert MoELens().measure(capture("bert-base"), A40, Step.forward(1, 128)).values["tokens_per_second"] == 0

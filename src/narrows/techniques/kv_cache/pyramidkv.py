@@ -19,15 +19,15 @@ code rounds the step between layers down, and so keeps more than the budget, the
 prompts shorter than the largest of them.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from narrows.cost import Limit
 from narrows.errors import NarrowsError
-from narrows.graph import Graph, Op, Size
+from narrows.graph import Graph
 from narrows.machine import Machine
+from narrows.modules.caching import attentions, cacheable, capped
 from narrows.step import Step
 from narrows.technique import Card, Claim, Example, No, Rewrites, Stage, Verdict, choice
 
@@ -110,40 +110,23 @@ class PyramidKV(Rewrites):
         return tuple(self.window + n for n in (*lower, *middle, *(2 * free - n for n in reversed(lower))))
 
     def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
-        attention = graph.find("attention")
-        layers = sum(op.repeat for op in attention)
-        if not attention or any(op.cache is None for op in attention):
-            return No("it has no attention that keeps keys and values from step to step")
-        if sum(op.repeat for op in graph.find("linear") if op.name.endswith(".q_proj")) != layers:
-            return No(f"of its {layers} attention layers not all have a q_proj of their own, with which to score the prompt")
-        if len({replace(op, name="", inputs=(), repeat=1) for op in attention}) > 1:
-            return No("its attention layers do not all see the same tokens")
+        verdict = cacheable(graph)
+        if not verdict:
+            return verdict
+        layers = attentions(graph)
         longest = float((step.past + step.new).max())
         if longest <= min(self.budgets(layers)):
             return No(f"{longest:g} tokens fit the smallest of its budgets, {min(self.budgets(layers))}")
         return True
 
     def rewrite(self, graph: Graph) -> Graph:
-        budgets = iter(self.budgets(sum(op.repeat for op in graph.find("attention"))))
-
-        def capped(op: Op) -> Op | list[Op]:
-            if op.kind != "attention" or op.phase != "forward":
-                return op
-            held = Counter(next(budgets) for _ in range(op.repeat))
-            return [op.but(repeat=n, **{dim: Size.of({f"{dim}[past={kept}]": 1.0}) for dim in ("pairs", "context", "held")})
-                    for kept, n in held.items()]  # fmt: skip
-
-        return graph.map(capped)
+        return capped(graph, self.budgets(attentions(graph)))
 
     def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
-        from narrows.modules.eviction import Eviction
+        from narrows.modules.eviction import Eviction, attention_layers
 
-        types = set(getattr(getattr(model, "config", None), "layer_types", None) or [""])
-        layers: list[Any] = [m for m in model.modules() if all(hasattr(m, name) for name in ("layer_idx", "q_proj", "scaling"))]
-        if not layers or len(types) > 1 or any(hasattr(m, "eviction") for m in layers):
-            problem = f"{type(model).__name__} has no attention layers that it can cap, all alike and not capped yet."
-            raise NarrowsError(problem, where="pyramidkv", remedy="Use a decoder of the llama, mistral or qwen kind.")
-        for layer, budget in zip(sorted(layers, key=lambda m: m.layer_idx), self.budgets(len(layers)), strict=True):
+        layers = attention_layers(model, "pyramidkv")
+        for layer, budget in zip(layers, self.budgets(len(layers)), strict=True):
             layer.eviction = Eviction(budget, self.window, self.kernel, self.by)
             layer.register_forward_pre_hook(layer.eviction.before, with_kwargs=True)
             layer.register_forward_hook(layer.eviction.after, with_kwargs=True)
