@@ -243,7 +243,7 @@ def _class(op: Op) -> str:
         return "attention"
     if op.kind == "conv":
         return "matmul-conv-depthwise" if _depthwise(op) else "matmul-conv"  # both fall back to matmul
-    return "matmul" if op.spec.matmul else "vector"
+    return "matmul" if op.spec.matmul else "sparse" if op.kind == "sparse" else "vector"
 
 
 def _depthwise(op: Op) -> bool:

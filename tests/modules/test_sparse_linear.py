@@ -65,3 +65,14 @@ def test_saved_weights_load_into_the_structure() -> None:
 def test_other_numbers_and_shapes_are_refused(x: torch.Tensor, problem: str) -> None:
     with pytest.raises(NarrowsError, match=problem):
         SparseLinear.of(nn.Linear(20, 30), 60)(x)
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value"), [("columns", 3, 20), ("columns", 0, -1), ("starts", 4, 61), ("starts", 30, 10)]
+)
+def test_a_damaged_pattern_is_not_followed(part: str, place: int, value: int) -> None:
+    layer = SparseLinear.of(nn.Linear(20, 30), 60)
+    layer(torch.zeros(1, 20))
+    getattr(layer, part)[place] = value
+    with pytest.raises(NarrowsError, match="pattern"):
+        layer(torch.zeros(1, 20))

@@ -18,8 +18,9 @@ NUMBERS_PER_BYTE = {2: 8, 3: 5}  # signs and trits
 
 
 def csr(outputs: int, nonzeros: int) -> DType:
-    """Compressed sparse rows: an fp32 number and a 32-bit column for each nonzero, and where each output's begin."""
-    return DType("csr", 64 + 32 * (outputs + 1) / nonzeros)
+    """Compressed sparse rows: an fp32 number for each nonzero, its column in 32 bits (as a scale would be kept for a group
+    of one), and where each output's begin."""
+    return DType("csr", 32 + 32 * (outputs + 1) / nonzeros, group=1, scale_bits=32)
 
 
 @dataclass(frozen=True, slots=True)

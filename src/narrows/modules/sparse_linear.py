@@ -95,6 +95,7 @@ class SparseLinear(nn.Module):  # type: ignore[misc]
         self.register_buffer("columns", torch.zeros(nonzeros, dtype=torch.int32, device=device))
         self.register_buffer("starts", torch.zeros(outputs + 1, dtype=torch.int32, device=device))
         self.bias = nn.Parameter(torch.empty(outputs, device=device)) if bias else None
+        self._trusted: tuple[int, ...] = ()  # the pattern that was last found to lie inside the matrix
 
     @classmethod
     def of(cls, linear: nn.Linear, nonzeros: int) -> Self:
@@ -141,9 +142,22 @@ class SparseLinear(nn.Module):  # type: ignore[misc]
         if x.shape[-1] != self.in_features:
             remedy = f"Give {self.in_features} numbers a row."
             raise NarrowsError(f"its inputs have shape {tuple(x.shape)}.", where="sparse linear", remedy=remedy)
+        self._check_pattern()
         y = _Product.apply(x.reshape(-1, self.in_features), self.values, self.starts, self.columns)
         y = y if self.bias is None else y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _check_pattern(self) -> None:
+        """Refuse a damaged pattern before the kernel follows it out of the matrix; once for each pattern."""
+        now = tuple(n for t in (self.columns, self.starts) for n in (t.data_ptr(), t._version))
+        if now == self._trusted:
+            return
+        low, high = self.columns.aminmax()
+        ordered = self.starts[0] == 0 and self.starts[-1] == len(self.values) and bool((self.starts.diff() >= 0).all())
+        if low < 0 or high >= self.in_features or not ordered or len(self.columns) != len(self.values):
+            problem = "its pattern of nonzeros lies outside of the matrix."
+            raise NarrowsError(problem, where="sparse linear", remedy="Load it again from an undamaged file.")
+        self._trusted = now
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.values.numel()}"
