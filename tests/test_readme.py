@@ -1,4 +1,4 @@
-"""Every command and program in the README runs, in its order, in one folder."""
+"""Every command and program in the README runs; those of one block in order, in one folder."""
 
 import os
 import re
@@ -11,19 +11,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
-SHELL = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines() if line.strip()]
+BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
+SHELL = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("readme")
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if "narrows " in block], ids=lambda block: block.split("#")[0].strip()
+)
+def test_the_commands_of_a_block_run_in_order(block: str, tmp_path: Path) -> None:
+    for line in block.splitlines():
+        if line.startswith("narrows"):
+            run(shlex.split(line, comments=True)[1:], tmp_path)
 
 
-@pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("narrows")])
-def test_a_command_runs(line: str, folder: Path) -> None:
-    args = shlex.split(line, comments=True)[1:]
+def run(args: list[str], folder: Path) -> None:
     env = {**os.environ, "NARROWS_HOME": str(ROOT / ".cache" / "narrows"), "HF_HUB_OFFLINE": "1"}
     if args[0] == "verify":  # timings on a busy machine may refuse; that it runs to its verdict is what this tests
         args += ["--rounds", "3"]
