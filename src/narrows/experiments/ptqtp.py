@@ -21,7 +21,7 @@ def bits_per_weight(technique: PTQTP) -> float:
 
     kept = weights = 0
     for inputs, outputs, count in ((4096, 4096, 4), (4096, 11008, 2), (11008, 4096, 1)):
-        layer = technique.hollow(nn.Linear(inputs, outputs, bias=False, device="meta"))
+        layer = technique.hollow("", nn.Linear(inputs, outputs, bias=False, device="meta"))
         kept += count * sum(t.numel() * t.element_size() for t in layer.state_dict().values())
         weights += count * inputs * outputs
     return 8 * kept / weights

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 NUMBERS_PER_BYTE = {2: 8, 3: 5}  # signs and trits
+HEADS = ("lm_head", "classifier", "score", "embed_out", "decoder")  # what families call the layer that gives the answer
+
+
+def is_output(name: str) -> bool:
+    """Whether the layer of this path gives the model's answer; the graph and the model are asked by the same name."""
+    return name.split(".")[-1] in HEADS or name == "proj_out"  # inside a block, a layer of the last name is like any other
 
 
 def csr(outputs: int, nonzeros: int) -> DType:
@@ -55,31 +61,33 @@ class Planes:
 class ReplacesLinears(Rewrites):
     """Another layer for every plain linear one but the output layer: smaller, and slower where no kernel reads it packed."""
 
-    WHOLE = ("lm_head", "classifier", "score")
     SLOWER = ""  # what it costs where the plain weights fit the memory: the reason to refuse
 
     @abstractmethod
-    def unfit(self, inputs: int, outputs: int) -> str:
-        """Why a layer of these sizes cannot be replaced, or ''."""
+    def unfit(self, name: str, inputs: int, outputs: int) -> str:
+        """Why a layer of this path and these sizes cannot be replaced, or ''."""
 
     @abstractmethod
     def parts(self, op: Op) -> Sequence[Op]:
         """The ops that take a linear op's place."""
 
     @abstractmethod
-    def hollow(self, linear: "nn.Linear") -> "nn.Module":
-        """The structure of the layer that takes a linear layer's place."""
+    def hollow(self, name: str, linear: "nn.Linear") -> "nn.Module":
+        """The structure of the layer that takes the place of a linear one at this path."""
+
+    def unpaid(self, machine: Machine | None, graph: Graph, ops: Sequence[Op], step: Step) -> str:
+        """Why replacing these ops of a graph does not pay, or ''."""
+        if machine and graph.weight_bytes < machine.memory.capacity_bytes:
+            return f"its {graph.weight_bytes / 1e9:.3g} GB of weights fit the memory, and {self.SLOWER}"
+        return ""
 
     def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
         ops = [op for op in graph.find("linear") if self._fits(op)]
         if not ops:
             return No("it has no plain linear layer besides its output layer; quantized ones stay as they are")
-        for op in ops:
-            if reason := self.unfit(int(op["inputs"]), int(op["outputs"])):  # type: ignore[arg-type]
-                return No(reason)
-        if machine and graph.weight_bytes < machine.memory.capacity_bytes:
-            return No(f"its {graph.weight_bytes / 1e9:.3g} GB of weights fit the memory, and {self.SLOWER}")
-        return True
+        reasons = (self.unfit(op.name, int(op["inputs"]), int(op["outputs"])) for op in ops)  # type: ignore[arg-type]
+        reason = next(filter(None, reasons), "") or self.unpaid(machine, graph, ops, step)
+        return No(reason) if reason else True
 
     def rewrite(self, graph: Graph) -> Graph:
         return graph.map(lambda op: list(self.parts(op)) if op.kind == "linear" and self._fits(op) else op)
@@ -87,7 +95,7 @@ class ReplacesLinears(Rewrites):
     def restructure(self, model: "nn.Module") -> "nn.Module":
         """What `apply` does to the structure of a model, on one without data."""
         for name, linear in self.layers(model).items():
-            model.set_submodule(name, self.hollow(linear))
+            model.set_submodule(name, self.hollow(name, linear))
         return model
 
     def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
@@ -96,13 +104,13 @@ class ReplacesLinears(Rewrites):
 
         shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         found = {name: m for name, m in model.named_modules()
-                 if type(m) is nn.Linear and name.split(".")[-1] not in self.WHOLE and id(m.weight) not in shared}  # fmt: skip
+                 if type(m) is nn.Linear and not is_output(name) and id(m.weight) not in shared}  # fmt: skip
         where = self.card.slug
         if not found:
             raise NarrowsError("the model has no plain linear layer.", where=where, remedy="Use another technique.")
         for name, linear in found.items():
-            if reason := self.unfit(linear.in_features, linear.out_features):
-                raise NarrowsError(f"{reason}.", where=f"{where}: {name}", remedy="Use another group.")
+            if reason := self.unfit(name, linear.in_features, linear.out_features):
+                raise NarrowsError(f"{reason}.", where=f"{where}: {name}", remedy="Use another format or group.")
             if not linear.weight.is_meta and not linear.weight.isfinite().all():
                 raise NarrowsError("weights are NaN or infinite.", where=f"{where}: {name}", remedy="Repair the model first.")
         return found
@@ -110,7 +118,7 @@ class ReplacesLinears(Rewrites):
     def _fits(self, op: Op) -> bool:
         """Whether an op is a linear layer with plain weights of its own, other than the output layer."""
         plain = op.weight is not None and not op.weight.scale_bits and op.weight.bits >= 16 and not op.tied
-        return plain and op["matrices"] == 1 and op.split != "vocabulary" and op.name.split(".")[-1] not in self.WHOLE
+        return plain and op["matrices"] == 1 and not is_output(op.name)
 
 
 def branched(op: Op, base: Op, rank: int) -> tuple[Op, ...]:

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Graph, Op
 from narrows.machine import Machine
+from narrows.modules.linears import ReplacesLinears
 from narrows.step import Step
-from narrows.technique import No, Rewrites, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Batches = Sequence[Mapping[str, Tensor]]
 
-OUTPUT_LAYERS = ("lm_head", "classifier", "score")
 # Measured on one thread of a Xeon with AMX, layers of 576 x 1536 to 2048 x 5504, 1 to 512 rows.
 SLOW_ON_CPU = "no CPU kernel multiplies by these codes: unpacking them takes 4 to 30 times as long as the layer in bf16"
 
@@ -115,60 +114,32 @@ class Coding:
         return ""
 
 
-class CodesWeights(Rewrites):
+class CodesWeights(ReplacesLinears):
     """Stores every plain linear layer but the output layer in the format that `coding_of` names."""
 
     @abstractmethod
     def coding_of(self, name: str) -> Coding:
         """How the layer of this path is kept."""
 
-    def unpaid(self, machine: Machine, ops: Sequence[Op], step: Step) -> str:
-        """Why coding these layers does not pay on a machine, or ''."""
-        return "" if machine.kind != "cpu" else SLOW_ON_CPU
+    def unfit(self, name: str, inputs: int, outputs: int) -> str:
+        return self.coding_of(name).unfit(inputs)
 
-    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
-        ops = [op for op in graph if _fits(op)]
-        if not ops:
-            return No("it has no plain linear layer besides its output layer; quantized ones stay as they are")
-        reasons = (self.coding_of(op.name).unfit(int(op["inputs"])) for op in ops)  # type: ignore[arg-type]
-        reason = next(filter(None, reasons), "") or (self.unpaid(machine, ops, step) if machine else "")
-        return No(reason) if reason else True
+    def unpaid(self, machine: Machine | None, graph: Graph, ops: Sequence[Op], step: Step) -> str:
+        return SLOW_ON_CPU if machine and machine.kind == "cpu" else ""
 
-    def rewrite(self, graph: Graph) -> Graph:
-        def code(op: Op) -> Op:
-            if not _fits(op):
-                return op
-            coding = self.coding_of(op.name)
-            return op.but(weight=coding.stored, compute=coding.compute, bias=max(int(op["bias"]), int(coding.zero)))  # type: ignore[arg-type]
+    def _fits(self, op: Op) -> bool:
+        return op.phase == "forward" and super()._fits(op)
 
-        return graph.map(code)
+    def parts(self, op: Op) -> Sequence[Op]:
+        coding = self.coding_of(op.name)
+        bias = max(int(op["bias"]), int(coding.zero))  # type: ignore[arg-type]
+        return (op.but(weight=coding.stored, compute=coding.compute, bias=bias),)
 
-    def restructure(self, model: "nn.Module") -> "nn.Module":
-        """What `apply` does to the structure of a model, on one without data."""
+    def hollow(self, name: str, linear: "nn.Linear") -> "nn.Module":
         from narrows.modules.coded_linear import CodedLinear
 
-        for name, linear in self.layers(model).items():
-            sizes, weight = (linear.in_features, linear.out_features), linear.weight
-            coded = CodedLinear(*sizes, self.coding_of(name), linear.bias is not None, weight.device, weight.dtype)
-            model.set_submodule(name, coded)
-        return model
-
-    def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
-        """The layers to code, by path; raises NarrowsError for weights that are no finite numbers or do not pack."""
-        from torch import nn
-
-        shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        found = {name: m for name, m in model.named_modules()
-                 if type(m) is nn.Linear and not _is_output(name) and id(m.weight) not in shared}  # fmt: skip
-        slug = self.card.slug
-        if not found:
-            raise NarrowsError("the model has no plain linear layer.", where=slug, remedy="Use another technique.")
-        for name, linear in found.items():
-            if reason := self.coding_of(name).unfit(linear.in_features):
-                raise NarrowsError(f"{reason}.", where=f"{slug}: {name}", remedy="Use another format or group.")
-            if not linear.weight.is_meta and not linear.weight.isfinite().all():
-                raise NarrowsError("weights are NaN or infinite.", where=f"{slug}: {name}", remedy="Repair the model first.")
-        return found
+        sizes, weight = (linear.in_features, linear.out_features), linear.weight
+        return CodedLinear(*sizes, self.coding_of(name), linear.bias is not None, weight.device, weight.dtype)
 
     def seen(self, model: "nn.Module", data: "Batches", rows: int) -> "dict[str, Tensor]":
         """Inputs [T, K] of the layers that round theirs; raises NarrowsError for one that the data never reached."""
@@ -185,14 +156,3 @@ class CodesWeights(Rewrites):
                 problem = "calibration data never reached it." if name not in inputs else "its inputs are NaN or infinite."
                 raise NarrowsError(problem, where=f"{self.card.slug}: {name}", remedy="Pass batches that run the whole model.")
         return inputs
-
-
-def _is_output(name: str) -> bool:
-    return name.split(".")[-1] in OUTPUT_LAYERS
-
-
-def _fits(op: Op) -> bool:
-    """Whether an op is a linear layer with plain weights of its own, other than the output layer."""
-    if op.kind != "linear" or op.phase != "forward" or op.weight is None or op.tied or _is_output(op.name):
-        return False
-    return op["matrices"] == 1 and not op.weight.scale_bits and op.weight.bits >= 16

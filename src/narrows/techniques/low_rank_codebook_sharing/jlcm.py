@@ -90,7 +90,7 @@ class JLCM(ReplacesLinears):
         """Indices, and for each neuron its place and its share of the codebook."""
         return DType(f"codebook{self.bits}", self.bits, 0, scale_bits=16 + 16 * 2**self.bits // self.rows)
 
-    def unfit(self, inputs: int, outputs: int) -> str:
+    def unfit(self, name: str, inputs: int, outputs: int) -> str:
         if outputs % self.rows or inputs % 8 or outputs >= 2**15:
             return f"{outputs} outputs of {inputs} inputs do not pack in groups of rows={self.rows}"
         return ""
@@ -98,7 +98,7 @@ class JLCM(ReplacesLinears):
     def parts(self, op: Op) -> Sequence[Op]:
         return (replace(op, weight=self.form),)
 
-    def hollow(self, linear: "nn.Linear") -> "nn.Module":
+    def hollow(self, name: str, linear: "nn.Linear") -> "nn.Module":
         from narrows.modules.codebook_linear import CodebookLinear
 
         made = {"device": linear.weight.device, "dtype": linear.weight.dtype}

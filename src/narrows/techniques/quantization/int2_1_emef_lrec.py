@@ -84,14 +84,14 @@ class INT2(ReplacesLinears):
         """How the planes are kept."""
         return Planes(2, 2, self.group)
 
-    def unfit(self, inputs: int, outputs: int) -> str:
+    def unfit(self, name: str, inputs: int, outputs: int) -> str:
         small = "" if self.rank < min(inputs, outputs) else f"{inputs} x {outputs} has no more than rank={self.rank}"
         return self.form.unfit(inputs, outputs) or small
 
     def parts(self, op: Op) -> Sequence[Op]:
         return branched(op, replace(op, weight=self.form.stored), self.rank)
 
-    def hollow(self, linear: "nn.Linear") -> "nn.Module":
+    def hollow(self, name: str, linear: "nn.Linear") -> "nn.Module":
         from narrows.modules.planes import PlanesLinear
 
         return self.beside(PlanesLinear.like(linear, self.form), linear)

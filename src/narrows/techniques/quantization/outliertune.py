@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 from narrows import samples
 from narrows.cost import Limit
 from narrows.errors import NarrowsError
-from narrows.graph import Op, at
+from narrows.graph import Graph, Op, at
 from narrows.machine import Machine
 from narrows.modules.number_formats import SLOW_ON_CPU, CodesWeights, Coding, NumberFormat
 from narrows.step import Step
@@ -92,8 +92,8 @@ class OutlierTune(CodesWeights):
             return Coding(form, inputs=form, per="token")
         return Coding(form, inputs=form, per="channel" if self.channels else "tensor", folded=self.channels, zero=self.symmetric)
 
-    def unpaid(self, machine: Machine, ops: Sequence[Op], step: Step) -> str:
-        if machine.kind != "cpu":
+    def unpaid(self, machine: Machine | None, graph: Graph, ops: Sequence[Op], step: Step) -> str:
+        if machine is None or machine.kind != "cpu":
             return ""
         if self.bits < 8:
             return SLOW_ON_CPU

@@ -82,13 +82,13 @@ class PTQTP(ReplacesLinears):
         """How the planes are kept."""
         return Planes(3, self.planes, self.group)
 
-    def unfit(self, inputs: int, outputs: int) -> str:
+    def unfit(self, name: str, inputs: int, outputs: int) -> str:
         return self.form.unfit(inputs, outputs)
 
     def parts(self, op: Op) -> Sequence[Op]:
         return (replace(op, weight=self.form.stored),)
 
-    def hollow(self, linear: "nn.Linear") -> "nn.Module":
+    def hollow(self, name: str, linear: "nn.Linear") -> "nn.Module":
         from narrows.modules.planes import PlanesLinear
 
         return PlanesLinear.like(linear, self.form)

@@ -77,7 +77,7 @@ class SVDQuant(ReplacesLinears):
     def baseline(self) -> "SVDQuant":
         return replace(self, rank=0)
 
-    def unfit(self, inputs: int, outputs: int) -> str:
+    def unfit(self, name: str, inputs: int, outputs: int) -> str:
         if inputs % self.group or inputs % 2:
             return f"{inputs} inputs are no multiple of group={self.group}"
         return "" if self.rank < min(inputs, outputs) else f"{inputs} x {outputs} has no more than rank={self.rank}"
@@ -86,7 +86,7 @@ class SVDQuant(ReplacesLinears):
         stored = DType("int4", 4, self.group, scale_bits=16)
         return branched(op, replace(op, weight=stored, compute="int4"), self.rank)
 
-    def hollow(self, linear: "nn.Linear") -> "nn.Module":
+    def hollow(self, name: str, linear: "nn.Linear") -> "nn.Module":
         from narrows.modules.branch import BranchedLinear, RoundedLinear
 
         base = RoundedLinear.like(linear, self.group)

@@ -33,7 +33,7 @@ from narrows.graph import FP32, Graph, Op, at
 from narrows.machine import Machine
 from narrows.modules.linears import ReplacesLinears, csr
 from narrows.step import Step
-from narrows.technique import Card, Claim, Example, No, Stage, Verdict, choice
+from narrows.technique import Card, Claim, Example, Stage, choice
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,26 +97,20 @@ class SparseProp(ReplacesLinears):
     def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
         return super().layers(model) if self.sparsity else {}
 
-    def unfit(self, inputs: int, outputs: int) -> str:
+    def unfit(self, name: str, inputs: int, outputs: int) -> str:
         many = self.nonzeros(inputs, outputs)
         return f"{many} nonzeros are more than 32 bits count" if many >= 2**31 else ""
 
-    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
+    def unpaid(self, machine: Machine | None, graph: Graph, ops: Sequence[Op], step: Step) -> str:
         if machine and machine.kind != "cpu":
-            return No(f"its kernel runs on CPUs, and {machine.name} is a {machine.kind}")
-        ops = [op for op in graph.find("linear") if self._fits(op)]
-        if not ops:
-            return No("it has no plain linear layer besides its output layer; quantized ones stay as they are")
+            return f"its kernel runs on CPUs, and {machine.name} is a {machine.kind}"
         if any({op.act, op.weight} != {FP32} for op in ops):
-            return No(f"its numbers are {ops[0].act.name}; the kernel is for fp32")
+            return f"its numbers are {ops[0].act.name}; the kernel is for fp32"
         least = LEAST.get(step.phase, 1.0)
         if self.sparsity < least:
-            return No(f"sparsity={self.sparsity:g} of the weights are zero; dense products are as fast up to {least:g}")
+            return f"sparsity={self.sparsity:g} of the weights are zero; dense products are as fast up to {least:g}"
         rows = max(float(np.min(at(op["rows"], step))) for op in ops)  # a pooler is given less, and takes next to no time
-        if rows < ROWS:
-            return No(f"no layer is given more than {rows:g} rows, and the kernel takes {ROWS} at a time")
-        reasons = (self.unfit(int(op["inputs"]), int(op["outputs"])) for op in ops)  # type: ignore[arg-type]
-        return next((No(reason) for reason in reasons if reason), True)
+        return f"no layer is given more than {rows:g} rows, and the kernel takes {ROWS} at a time" if rows < ROWS else ""
 
     def parts(self, op: Op) -> Sequence[Op]:
         inputs, outputs = int(op["inputs"]), int(op["outputs"])  # type: ignore[arg-type]
@@ -126,7 +120,7 @@ class SparseProp(ReplacesLinears):
             return (op,)
         return (replace(op, kind="sparse", dims=sizes, weight=csr(outputs, kept)),)
 
-    def hollow(self, linear: "nn.Module") -> "nn.Module":
+    def hollow(self, name: str, linear: "nn.Module") -> "nn.Module":
         from narrows.modules.sparse_linear import SparseLinear
 
         plain: Any = linear
