@@ -282,7 +282,7 @@ def stages() -> list[Stage]:
         Stage(
             "training memory deepspeed",
             "training-memory-deepspeed",
-            {"margin": 0.2, "runtime": 2e9},
+            {"cached": 0.2, "runtime": 2e9},
             lambda r: r.get("metric") == "gpu_memory",
             t,
             ("training-memory",),

@@ -1,6 +1,7 @@
 """The schedule engine, pipeline orders and planners: laws, published figures, orders of another implementation, bad input."""
 
 import csv
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrows.errors import NarrowsError
-from narrows.simulate.orders import dualpipe_v, gpipe, interleaved, one_f_one_b
+from narrows.experiments import vocabulary_parallelism as vocabulary
+from narrows.simulate.orders import dualpipe_v, gpipe, interlaced, interleaved, one_f_one_b, together
 from narrows.simulate.pipeline import Order, Pass, Work
 from narrows.simulate.planned import SHAPES, split, v_shaped, zero_bubble
 from narrows.simulate.schedule import Task, play
@@ -280,3 +282,25 @@ def test_measured_stage_times_give_the_measured_iteration() -> None:
                 ours = one_f_one_b(work.stages, work.microbatches).play(work).seconds
                 errors.append(abs(ours / 1e3 / float(row["iteration_ms"]) - 1))
     assert len(errors) == 16 and sum(errors) / len(errors) <= 0.01
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data")
+def test_measured_shares_of_the_vocabulary_give_the_measured_iteration() -> None:
+    """The same with a pass S for which all stages stop; messages take what explains the runs without it."""
+    errors = []
+    for run in (run for run in vocabulary.runs() if run.method == "interlaced"):
+        order = interlaced(run.work.stages, run.work.microbatches)
+        work = vocabulary.slower(run.work, vocabulary.message_seconds())
+        errors.append(abs(order.play(work, together(order)).seconds / run.seconds - 1))
+    assert len(errors) == 8 and sum(errors) / len(errors) <= 0.01
+
+
+@pytest.mark.parametrize("stages, microbatches", [(2, 3), (4, 16), (8, 32)])
+def test_interlaced_passes_hold_half_as_many_microbatches_more(stages: int, microbatches: int) -> None:
+    """Lin et al.: up to 1.5 times the activations of 1F1B; S runs on all ranks at once."""
+    order = interlaced(stages, microbatches)
+    work = replace(Work.of(stages, microbatches), seconds={**Work.of(stages, 1).seconds, "S": (0.5,) * stages})
+    timeline = order.play(work, together(order))
+    assert max(timeline.peak_bytes.values()) <= 1.5 * stages + 1
+    for m in range(microbatches):
+        assert len({span.start for span in timeline.spans if span.name[0] == "S" and span.name[2] == m}) == 1

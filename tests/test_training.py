@@ -190,13 +190,13 @@ def test_published_peaks_of_memory_are_met(words: tuple[str, ...]) -> None:
 
 
 @needs_data
-def test_what_ran_out_of_memory_is_predicted_to() -> None:
-    rows = [r for r in read(DATA / "training_measured.csv") if r["metric"] == "fits" and r["tp"]]
-    assert len(rows) == 4
-    for row in rows:
-        found = measured.forecast({**row, "metric": "gpu_memory", "value": "1", "unit": "GB"})
-        small = 16e9 if "16GB node" in row["note"] else 32e9
-        assert found[0].predicted > small, row["note"]
+def test_what_ran_out_of_memory_is_predicted_to_and_what_ran_is_not() -> None:
+    """Of runs that a table gives whole: all that ran out of memory, and at most one in fifty of those that ran."""
+    rows = [r for r in read(DATA / "training_measured.csv") if r["metric"] in ("fits", "gpu_memory", "peak_memory")]
+    fits = {ran: [need <= has for need, has in map(measured.room, some)]
+            for ran in (True, False) if (some := [r for r in rows if (r["metric"] != "fits") == ran])}  # fmt: skip
+    assert len(fits[False]) == 5 and not any(fits[False])
+    assert len(fits[True]) > 100 and np.mean(fits[True]) >= 0.98
 
 
 def test_a_cluster_of_one_node_takes_its_machine_as_it_is() -> None:

@@ -42,7 +42,7 @@ def runs() -> tuple[Run, ...]:
     return tuple(found)
 
 
-def _slower(work: Work, seconds: float) -> Work:
+def slower(work: Work, seconds: float) -> Work:
     """The work with every forward and backward pass longer by what its messages hold the device up."""
     longer = {kind: tuple(one + seconds for one in work.of_kind(kind)) for kind in ("F", "I")}
     return replace(work, seconds={**work.seconds, **longer})
@@ -55,8 +55,8 @@ def message_seconds() -> float:
     for run in runs():
         if run.method == "base":
             order = one_f_one_b(run.work.stages, run.work.microbatches)
-            plain, slower = (order.play(_slower(run.work, extra)).seconds for extra in (0.0, 1e-3))
-            found.append((run.seconds - plain) / (slower - plain) * 1e-3)
+            plain, held_up = (order.play(slower(run.work, extra)).seconds for extra in (0.0, 1e-3))
+            found.append((run.seconds - plain) / (held_up - plain) * 1e-3)
     return sorted(found)[len(found) // 2]
 
 
@@ -66,13 +66,13 @@ def iteration_error(technique: VocabularyParallelism) -> float:
     for run in runs():
         if run.method in BARRIERS:
             ours = replace(technique, barriers=BARRIERS[run.method]) if technique.barriers else technique
-            errors.append(abs(ours.play(_slower(run.work, message_seconds())).seconds / run.seconds - 1))
+            errors.append(abs(ours.play(slower(run.work, message_seconds())).seconds / run.seconds - 1))
     return sum(errors) / len(errors)
 
 
 def _gain(technique: VocabularyParallelism, words: int) -> float:
     """Percent more iterations in the same time than with the whole layer on the last stage, at 2048 tokens."""
-    work = {run.method: _slower(run.work, message_seconds()) for run in runs() if (run.words, run.tokens) == (words, 2048)}
+    work = {run.method: slower(run.work, message_seconds()) for run in runs() if (run.words, run.tokens) == (words, 2048)}
     plain = one_f_one_b(work["base"].stages, work["base"].microbatches).play(work["base"]).seconds
     return 100 * (plain / technique.play(work["vocab"]).seconds - 1)
 

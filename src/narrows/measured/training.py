@@ -10,7 +10,7 @@ from narrows.layout import RECOMPUTE, Layout
 from narrows.machine import Cluster, Link, Machine
 from narrows.measured.published import Shape, decoder
 from narrows.measured.table import Forecast, NotCovered, Row, count, hardware, network_bytes_per_s, number, rate, seconds
-from narrows.simulate.memory import memory, stages
+from narrows.simulate.memory import Memory, memory, stages
 from narrows.simulate.training import Axes, network, step_seconds
 
 COLUMNS = (
@@ -247,9 +247,9 @@ def _layout(row: Row, shape: Shape, devices: int, machine: Machine) -> tuple[Lay
         micro, many = 16, max(1, round(batch / data / 16))
     chunks, part = re.search(r"interleaved m=(\d+)", note), re.search(r"(\d+) layers/virtual stage", note)
     schedule = re.search(r"schedule ([\w-]+)", note)
-    sharded = bool(re.search(r"FULL_SHARD|ZeRO-3|Zero=3|SHARD_GRAD", note))
+    sharded, stage = bool(re.search(r"FULL_SHARD|ZeRO-3|Zero=3|SHARD_GRAD", note)), re.search(r"Zero=(\d)", note)
     held = 4 * 12 * shape.layers * shape.hidden**2  # weights and gradients in 16 bits
-    if tensor * pipeline == 1 and not sharded and held > machine.memory.capacity_bytes:
+    if tensor * pipeline == 1 and not (sharded or stage) and held > machine.memory.capacity_bytes:
         problem = f"{held / 1e9:.0f} GB of weights and gradients do not fit one device, and how they are cut is not said."
         raise NotCovered(problem, where="tp", remedy="Give tp and pp, or ZeRO-3 in the note.")
     word = schedule[1] if schedule else ""
@@ -269,7 +269,7 @@ def _layout(row: Row, shape: Shape, devices: int, machine: Machine) -> tuple[Lay
         tensor=tensor,
         sequence=tensor > 1 and ("seqpar" in recompute or "TP+SP" in note),
         data=data,
-        shard=3 if sharded else int("bigscience" in row["source"]),
+        shard=int(stage[1]) if stage else 3 if sharded else int("bigscience" in row["source"]),
         overlap=sharded,
         pipeline=pipeline,
         chunks=interleave if pipeline > 1 else 1,
@@ -310,13 +310,28 @@ def _memory_forecast(
     """Bytes of the device that holds most. A profiler of tensors does not see what nvidia-smi does; both count in 2**30."""
     if row["unit"].strip() not in ("GB", "GiB"):
         raise NarrowsError(f"{row['unit'][:40]!r} is not a unit of memory.", where="unit", remedy="Use GB or GiB.")
-    net, axes = network(graph, cluster, layout, sequence, framework=framework), Axes.of(layout)
-    ranks = [memory(net, layout, axes, stage, framework) for stage in stages(layout)]
-    most = max(ranks, key=lambda rank: float(rank.total))
-    found = most.total if "nvidia-smi" in (row.get("note") or "") else most.allocated
+    most = _fullest(graph, cluster, layout, sequence, framework)
+    shown = min(cluster.machine.memory.capacity_bytes, float(most.total + most.cached))
+    found = shown if "nvidia-smi" in (row.get("note") or "") else most.allocated
     least = float(most.weights + most.gradients + most.optimizer)
     place = cluster.machine.name if known else "another shape"
     return Forecast("training-memory", number(row, "value") * 2**30, float(found), "memory", least, place)
+
+
+def _fullest(graph: Graph, cluster: Cluster, layout: Layout, sequence: int, framework: str) -> Memory:
+    """What the rank holds that holds most."""
+    net, axes = network(graph, cluster, layout, sequence, framework=framework), Axes.of(layout)
+    return max((memory(net, layout, axes, stage, framework) for stage in stages(layout)), key=lambda rank: float(rank.total))
+
+
+def room(row: Row) -> tuple[float, float]:
+    """Bytes that the fullest device of a row's run needs, and that it has; NotCovered as for `forecast`."""
+    machine, shape, sequence = hardware(row["hardware"]), _shape(row)[0], count(row, "seq")
+    layout, _ = _layout({**row, "metric": PEAKS[0]}, shape, count(row, "n_devices"), machine)
+    graph, cluster = decoder(shape, sequence), _cluster(row, machine)
+    small = re.search(r"(\d+)GB node", row.get("note") or "")
+    has = int(small[1]) * 2**30 if small else machine.memory.capacity_bytes
+    return float(_fullest(graph, cluster, layout, sequence, _framework(row)).total), has
 
 
 def _step(row: Row, metric: str, layout: Layout, shape: Shape, batch: int, sequence: int, machine: Machine) -> float:

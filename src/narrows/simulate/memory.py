@@ -22,6 +22,7 @@ class Memory:
     buffers       of exchanges: weights gathered for a layer (ZeRO-3), and buckets of gradients
     margin        lost to fragmentation
     runtime       of the device's runtime and communication libraries, which a profiler of tensors does not see
+    cached        freed tensors' that the allocator keeps as long as nothing else needs them: in no sum, but nvidia-smi shows it
     """
 
     weights: Any
@@ -32,6 +33,7 @@ class Memory:
     buffers: Any
     margin: Any
     runtime: Any
+    cached: Any = 0.0
 
     @property
     def allocated(self) -> Any:
@@ -44,15 +46,15 @@ class Memory:
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, Any]:
-        """The bytes by what they are."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """The bytes that must be there, by what they are."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cached"}
 
 
 def constants(framework: str = "") -> dict[str, float]:
     """What a framework keeps (see `data/efficiency.toml`).
 
     gradient, states   bytes of a parameter's gradient, and of what the optimizer keeps of it
-    margin             share of all tensors lost to fragmentation
+    margin, cached     shares of all tensors: lost to fragmentation, and kept free by the allocator (0 where not said)
     runtime            bytes of the device that no tensor takes
     """
     tables = (fitted()["training-memory"], fitted().get(f"training-memory-{framework}", {}))
@@ -108,7 +110,9 @@ def memory(net: Network, layout: Layout, axes: Axes, stage: int, framework: str 
         "working": busy,
         "buffers": gathered + 2 * width * min(BUCKET, dense) * ((np.asarray(axes.shard) % 3 > 0) & (replicas > 1)),
     }
-    return Memory(**tensors, margin=c["margin"] * sum(tensors.values()), runtime=c["runtime"] + 0.0 * many)
+    whole = sum(tensors.values())
+    runtime, cached = c["runtime"] + 0.0 * many, c.get("cached", 0.0) * whole
+    return Memory(**tensors, margin=c["margin"] * whole, runtime=runtime, cached=cached)
 
 
 def peak_bytes(net: Network, layout: Layout, axes: Axes, framework: str = "") -> Any:

@@ -1,6 +1,6 @@
-"""The fixed pipeline orders: GPipe, 1F1B, interleaved 1F1B and DualPipe-V."""
+"""The fixed pipeline orders: GPipe, 1F1B, interleaved and interlaced 1F1B, and DualPipe-V."""
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 
 from narrows.errors import NarrowsError
 from narrows.simulate.pipeline import Order, Pass
@@ -42,6 +42,41 @@ def interleaved(ranks: int, microbatches: int, chunks: int) -> Order:
         backward = [Pass("B", (chunks - 1 - chunk) * ranks + rank, m) for chunk, m in turns]
         rows.append(tuple(_woven(forward, backward, min(2 * (ranks - rank - 1) + (chunks - 1) * ranks, len(turns)))))
     return Order(tuple(rows))
+
+
+def interlaced(stages: int, microbatches: int) -> Order:
+    """1F1B whose stages share the vocabulary and stop together for each microbatch's pass S (Lin et al., OSDI 2024).
+
+    Between two S every rank does one forward and one backward pass, the last first backward and the others in turn, so that
+    a stage holds one and a half microbatches more than the next. `together` says what S waits for.
+    """
+    rows = []
+    for stage in range(stages):
+        after, row = stages - 1 - stage, list[Pass]()
+        for slot in range(-(after // 2), microbatches + after + 1):
+            pair = [Pass("B", stage, slot - 1 - after), Pass("F", stage, slot + after // 2)]
+            row += [one for one in (pair[::-1] if after % 2 else pair) if 0 <= one.microbatch < microbatches]
+            row += [Pass("S", stage, slot)] if 0 <= slot < microbatches else []
+        rows.append(tuple(row))
+    return Order(tuple(rows))
+
+
+def together(order: Order, kind: str = "S") -> dict[Pass, list[Pass]]:
+    """What each pass waits for where those of a kind begin and end on all ranks at once, after the last stage's forward pass."""
+    waits: dict[Pass, list[Pass]] = defaultdict(list)
+    last, meet = len(order.ranks) - 1, defaultdict[int, list[Pass]](list)
+    for one in (one for row in order.ranks for one in row if one.kind == kind):
+        meet[one.microbatch].append(one)
+    for row in order.ranks:
+        for before, one, after in zip((None, *row), row, (*row[1:], None)):
+            if one.kind != kind:
+                continue
+            for other in meet[one.microbatch]:
+                waits[other] += [before] if before else []
+            waits[one].append(Pass("F", last, one.microbatch))
+            if after:
+                waits[after] += meet[one.microbatch]
+    return waits
 
 
 def _woven(forward: list[Pass], backward: list[Pass], ahead: int) -> list[Pass]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from narrows.backward import training
-from narrows.costmodel import ATTENTION, achieved, fitted, op_time
+from narrows.costmodel import ATTENTION, achieved, fitted, op_seconds
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Graph, Op, at
 from narrows.kinds import COLLECTIVES
@@ -36,7 +36,7 @@ class Part:
     """What the average layer, or an end of the network, needs of one device for one microbatch; arrays over its sizes.
 
     forward, backward   seconds of kernels, K;  weights   of the backward ones, what gradients of weights take, K
-    again               seconds of the forward pass that is redone, RECOMPUTE x K
+    again               seconds of the forward pass that is redone, with its collectives that show, RECOMPUTE x K
     wire                seconds of collectives both ways that show, by dimension, K;  hidden   of those behind attention, K
     launches            of the host, RECOMPUTE;  saved   bytes kept for the backward pass, RECOMPUTE x K
     largest             bytes that the op with most of them reads and writes, K
@@ -158,7 +158,7 @@ def _part(ops: list[Op], machine: Machine, wires: dict[str, Machine], step: Step
     owned = experts = tied = 0.0
     for op in ops:
         exchange, back = op.kind in COLLECTIVES, op.phase != "forward"
-        seconds = op_time(op, step, wires[over(op)] if exchange else machine).seconds / layers
+        seconds = op_seconds(op, step, wires[over(op)] if exchange else machine) / layers
         count = op.repeat / layers
         if exchange:
             wire[over(op)] += seconds
@@ -175,7 +175,7 @@ def _part(ops: list[Op], machine: Machine, wires: dict[str, Machine], step: Step
         if back:
             continue
         inner = op.name in core or op.name.rpartition(".")[0] in core
-        redone = np.array([False, inner, True])
+        redone = np.array([False, inner and not exchange, True])
         launches += count * redone
         again += redone[:, None] * seconds
         kept = np.array([1, not (inner and op.kind == "elementwise"), 0])
@@ -190,8 +190,10 @@ def _part(ops: list[Op], machine: Machine, wires: dict[str, Machine], step: Step
         owned += op.parameters / layers * (op.kind != "expert")
         experts += op.parameters / layers * (op.kind == "expert")
         tied += op.spec.parameters(dict(op.dims)) * count * bool(op.tied)
-    hidden = sum((np.minimum(sends[phase], covers[phase]) for phase in sends), zero)
+    behind = {phase: np.minimum(sends[phase], covers[phase]) for phase in sends}
+    hidden = sum(behind.values(), zero)
     wire["context"] = wire["context"] - hidden
+    again[RECOMPUTE.index("full")] -= behind["forward"]
     return Part(forward, backward, weights, again, wire, hidden, launches, saved, largest, owned, experts, tied)
 
 
@@ -218,7 +220,7 @@ def wire(cluster: Cluster, stride: int, ranks: int, share: float = 1.0, members:
 def _seconds(kind: str, elements: float, ranks: int, dtype: DType, on: Machine) -> float:
     if ranks == 1:
         return 0.0
-    return float(op_time(Op(kind, kind, {"elements": elements, "ranks": ranks}, act=dtype), Step.train(1, 1), on).seconds)
+    return float(op_seconds(Op(kind, kind, {"elements": elements, "ranks": ranks}, act=dtype), Step.train(1, 1), on))
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +355,7 @@ def outside_bytes_per_s(machine: Machine, tier: str) -> float:
 
 def _update(parameters: float, dtype: DType, machine: Machine) -> float:
     op = Op("optimizer", "optimizer", {"elements": parameters, "states": STATES - (dtype.bits >= 32)}, act=dtype)
-    return float(op_time(op, Step.train(1, 1), machine).seconds)
+    return float(op_seconds(op, Step.train(1, 1), machine))
 
 
 def step_seconds(graph: Graph, cluster: Cluster, layout: Layout, sequence: int, framework: str = "") -> dict[str, float]:
