@@ -14,7 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"errors", "progress"},
     {"units", "figures", "kinds", "staging"},
-    {"step", "machine", "papers"},
+    {"step", "machine", "host", "papers"},
     {"graph"},
     {"backward", "parallel", "layout", "formulas"},
     {"cost", "costmodel", "energy", "footprint"},

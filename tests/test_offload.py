@@ -2,17 +2,22 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from narrows import host as module
 from narrows.capture import capture
 from narrows.errors import NarrowsError
+from narrows.host import FIGURES, Host, host, hosts
 from narrows.machine import machine
-from narrows.simulate.offload import HOSTS, PLACES, Block, Host, Policy, alone, offloaded, play_offloaded
+from narrows.simulate.offload import PLACES, Block, Policy, alone, offloaded, play_offloaded
 
-HOST = Host(1e12, 1e12, link_bytes_per_s=10.0, read_bytes_per_s=6.0, write_bytes_per_s=6.0, adam_per_s=5.0)
+HOST = Host(
+    "h", "a host", 1e12, 1e12, link_bytes_per_s=10.0, read_bytes_per_s=6.0, write_bytes_per_s=6.0, adam_per_s=5.0, sources={}
+)
 BLOCK = Block(3, parameters=5.0, updated=5.0, forward=1.0, backward=2.0, kept_bytes=0.0)
 policies = st.builds(
     Policy,
@@ -61,14 +66,14 @@ def test_bytes_lie_where_the_policy_puts_them() -> None:
     model = offloaded(capture("gpt2"), alone(gpu), 1, 2, 128)
     assert model.parameters == pytest.approx(124e6, rel=0.02)
     disk = model.held(Policy("disk", "disk", "disk"))
-    host = model.held(Policy("host", "host", "host"))
+    near = model.held(Policy("host", "host", "host"))
     assert disk["host"] == 0
-    assert host["disk"] == 0
-    assert disk["disk"] == host["host"] >= 14 * model.parameters
+    assert near["disk"] == 0
+    assert disk["disk"] == near["host"] >= 14 * model.parameters
     late = model.held(Policy("disk", "disk", "disk", early=False, gradients="host"))
     assert late["host"] == 4 * model.parameters
     assert model.held(Policy(tiles=4))["device"] < model.held(Policy())["device"]
-    assert model.fits(gpu, HOSTS["1-ssd"], Policy())
+    assert model.fits(gpu, host("1-ssd"), Policy())
     assert not model.fits(gpu, replace(HOST, disk_bytes=1.0), Policy())
 
 
@@ -77,3 +82,19 @@ def test_what_is_no_place_or_no_block_is_refused() -> None:
         Policy(states="tape")
     with pytest.raises(NarrowsError, match="0 blocks"):
         play_offloaded(replace(BLOCK, count=0), HOST, Policy())
+
+
+@pytest.mark.parametrize("name", hosts())
+def test_a_bundled_host_says_where_each_figure_comes_from(name: str) -> None:
+    found = host(name)
+    assert found.name == name and set(found.sources) == set(FIGURES)
+
+
+def test_a_host_of_ones_own_is_read_and_what_is_wrong_in_it_is_named(tmp_path: Path) -> None:
+    content = (Path(module.__file__).parent / "data" / "hosts" / "1-ssd.toml").read_text()
+    (tmp_path / "mine.toml").write_text(content.replace('name = "1-ssd"', 'name = "mine"'))
+    assert host(tmp_path / "mine.toml").read_bytes_per_s == host("1-ssd").read_bytes_per_s
+    (tmp_path / "bad.toml").write_text(content.replace("128e9", "-1"))
+    for asked, problem in ((tmp_path / "bad.toml", "memory_bytes"), ("1-sdd", "there is no host '1-sdd'")):
+        with pytest.raises(NarrowsError, match=problem):
+            host(asked)

@@ -11,22 +11,27 @@ from narrows.cli.options import as_json_option, console, print_json, progress
 @click.command()
 @as_json_option
 def machines(as_json: bool) -> None:
-    """The bundled machines and clusters with their main figures."""
+    """The bundled machines, clusters and hosts with their main figures."""
+    from narrows import host as behind
     from narrows import machine as bundled
 
     found = [bundled.machine(name) for name in bundled.machines()]
     groups = [bundled.cluster(name) for name in bundled.clusters()]
+    hosts = [behind.host(name) for name in behind.hosts()]
     if as_json:
         print_json({"machines": [{"name": m.name, "title": m.title, "kind": m.kind, **m.figures()}
                              for m in found],
                 "clusters": [{"name": c.name, "title": c.title, "machine": c.machine.name, **c.figures()}
-                             for c in groups]})  # fmt: skip
+                             for c in groups],
+                "hosts": [{"name": h.name, "title": h.title, **{key: getattr(h, key) for key in behind.FIGURES}}
+                          for h in hosts]})  # fmt: skip
     else:
         from narrows.report.terminal import show_machines
 
         screen = console()
         show_machines(found, screen)
         screen.print("clusters: " + ", ".join(c.name for c in groups))
+        screen.print("hosts: " + ", ".join(h.name for h in hosts))
 
 
 @click.command()

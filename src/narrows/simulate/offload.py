@@ -12,6 +12,7 @@ from narrows.cost import cost
 from narrows.costmodel import op_time
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Graph, Op
+from narrows.host import Host
 from narrows.layout import Layout
 from narrows.machine import Cluster, Link, Machine
 from narrows.simulate.memory import memory
@@ -22,31 +23,6 @@ from narrows.step import Step
 
 WEIGHT_BYTES, STATE_BYTES, GRADIENT_BYTES = 2, 12, 4  # of a parameter: 16 bits; fp32 copy and two moments; fp32
 PLACES = ("device", "host", "disk")
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What lies behind a device, in bytes, bytes a second and (parameters a second) of Adam on the processor."""
-
-    memory_bytes: float
-    disk_bytes: float
-    link_bytes_per_s: float
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-    adam_per_s: float
-
-
-# ZeRO-Infinity, figure 2b (arXiv 2104.07857): a DGX-2's 1.5 TB and 28 TB, and what each of 16 V100 gets of them at once.
-# Fuyou, section 5 (arXiv 2403.06504): 768 GB, PCIe 4.0 x16, 12 Intel P5510 of 3.84 TB (datasheet: 6.5 and 3.4 GB/s); a link
-# is taken to reach 4/5 of its rate. Adam: the order of DeepSpeed's on two sockets (ZeRO-Offload, USENIX ATC 2021, table 4).
-_ADAM_PER_S = 4e9
-HOSTS = {
-    "dgx-2": Host(1.5e12, 28e12, 3.0e9, 1.6e9, 1.6e9, _ADAM_PER_S / 16),
-    "12-ssd": Host(768e9, 12 * 3.84e12, 0.8 * 31.5e9, 12 * 6.5e9, 12 * 3.4e9, _ADAM_PER_S),
-    # four H100 on PCIe 5.0 and two sockets of DDR5, which Adam reads as much faster as 614 GB/s are than the 256 of DDR4
-    "4x-h100": Host(512e9, 4 * 3.84e12, 0.8 * 63e9, 6.5e9, 3.4e9, _ADAM_PER_S * 614 / 256 / 4),
-    "1-ssd": Host(128e9, 3.84e12, 0.8 * 31.5e9, 6.5e9, 3.4e9, _ADAM_PER_S / 4),
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,9 @@ from narrows.cost import Limit
 from narrows.costmodel import op_time
 from narrows.errors import NarrowsError
 from narrows.graph import Graph, Op
+from narrows.host import host
 from narrows.machine import Cluster, Machine, cluster
-from narrows.simulate.offload import HOSTS, STATE_BYTES, WEIGHT_BYTES, Offloaded, alone, offloaded
+from narrows.simulate.offload import STATE_BYTES, WEIGHT_BYTES, Offloaded, alone, offloaded
 from narrows.simulate.schedule import Task, play
 from narrows.simulate.timeline import Timeline
 from narrows.step import Step
@@ -60,9 +61,10 @@ class DeepOptimizerStates(Measures):
     interleaved: bool = choice(True, help="False: the processor updates all, one subgroup after the other")
 
     def __post_init__(self) -> None:
-        if self.host not in HOSTS or self.devices < 1 or self.subgroup < 1:
-            raise NarrowsError(f"host={self.host}, devices={self.devices}, subgroup={self.subgroup}.", where=self.card.slug,
-                               remedy=f"Use a host of {', '.join(HOSTS)}, and one or more of the others.")  # fmt: skip
+        host(self.host)
+        if self.devices < 1 or self.subgroup < 1:
+            problem = f"devices={self.devices}, subgroup={self.subgroup}."
+            raise NarrowsError(problem, where=self.card.slug, remedy="Give one or more of each.")
 
     def baseline(self) -> "DeepOptimizerStates":
         return replace(self, interleaved=False)
@@ -77,7 +79,7 @@ class DeepOptimizerStates(Measures):
 
         static: that share never leaves the device's memory.
         """
-        block, host = model.block, HOSTS[self.host]
+        block, behind = model.block, host(self.host)
         mine = block.updated * block.count
         count = max(1, round(mine / self.subgroup))
         size = mine / count
@@ -86,7 +88,7 @@ class DeepOptimizerStates(Measures):
         tasks = [Task("forward", "forward", "device", block.count * (block.forward + block.gather))]
         for i in range(block.count):
             tasks.append(Task(f"backward {i}", "backward", "device", block.backward + 2 * block.gather))
-            gradients = block.updated * WEIGHT_BYTES / host.link_bytes_per_s
+            gradients = block.updated * WEIGHT_BYTES / behind.link_bytes_per_s
             tasks.append(Task(f"gradients {i}", "gradients out", "out", gradients, ((len(tasks) - 1, 0.0),)))
         ready, last = ((len(tasks) - 1, 0.0),), len(tasks) - 1
 
@@ -96,13 +98,13 @@ class DeepOptimizerStates(Measures):
 
         for i in range(count):
             if int((i + 1) * share + 1e-9) > int(i * share + 1e-9):  # spread evenly among the others
-                came = -1 if static else add("states in", i, "in", size * STATE_BYTES / host.link_bytes_per_s, -1)
+                came = -1 if static else add("states in", i, "in", size * STATE_BYTES / behind.link_bytes_per_s, -1)
                 done = add("update", i, "device", kernel, came)
                 if not static:
-                    add("states out", i, "out", size * STATE_BYTES / host.link_bytes_per_s, done)
+                    add("states out", i, "out", size * STATE_BYTES / behind.link_bytes_per_s, done)
                 continue
-            updated = add("update", i, "processor", size / host.adam_per_s, -1 if self.interleaved else last)
-            last = add("weights in", i, "in", size * WEIGHT_BYTES / host.link_bytes_per_s, updated)
+            updated = add("update", i, "processor", size / behind.adam_per_s, -1 if self.interleaved else last)
+            last = add("weights in", i, "in", size * WEIGHT_BYTES / behind.link_bytes_per_s, updated)
         return play(tasks)
 
     def best(self, model: Offloaded, machine: Machine) -> tuple[float, Timeline]:

@@ -23,8 +23,9 @@ from typing import ClassVar
 from narrows.cost import Limit
 from narrows.errors import NarrowsError
 from narrows.graph import Graph
+from narrows.host import host
 from narrows.machine import Machine
-from narrows.simulate.offload import HOSTS, Offloaded, Policy, alone, offloaded, play_offloaded
+from narrows.simulate.offload import Offloaded, Policy, alone, offloaded, play_offloaded
 from narrows.step import Step
 from narrows.technique import Card, Claim, Measures, Reading, choice
 
@@ -68,8 +69,7 @@ class Fuyou(Measures):
     overlapped: bool = choice(True, help="update during the backward pass; False is ZeRO-Infinity")
 
     def __post_init__(self) -> None:
-        if self.host not in HOSTS:
-            raise NarrowsError(f"{self.host!r} is no host.", where="fuyou: host", remedy=f"Use {', '.join(HOSTS)}.")
+        host(self.host)
 
     def baseline(self) -> "Fuyou":
         return replace(self, overlapped=False)
@@ -86,7 +86,7 @@ class Fuyou(Measures):
 
     def plans(self, graph: Graph, machine: Machine, sequence: int) -> Iterator[Plan]:
         """Every way that fits."""
-        host, group, batch = HOSTS[self.host], alone(machine), 1
+        behind, group, batch = host(self.host), alone(machine), 1
         while batch <= self.most:
             full, none = (offloaded(graph, group, 1, batch, sequence, redo) for redo in ("full", "none"))
             for share in SHARES if self.overlapped else SHARES[:1]:
@@ -97,8 +97,8 @@ class Fuyou(Measures):
                 )
                 model = replace(full, block=block)
                 for policy in self.policies():
-                    if model.fits(machine, host, policy):
-                        yield Plan(batch, share, policy, model, model.tflop_per_s(host, policy))
+                    if model.fits(machine, behind, policy):
+                        yield Plan(batch, share, policy, model, model.tflop_per_s(behind, policy))
             batch *= 2
 
     def best(self, graph: Graph, machine: Machine, sequence: int) -> Plan:
@@ -118,7 +118,7 @@ class Fuyou(Measures):
         Raises NarrowsError where the model does not fit even so.
         """
         plan = self.best(graph, machine, int(step["tokens"] / step["sequences"]))
-        timeline = play_offloaded(plan.model.block, HOSTS[self.host], plan.policy)
+        timeline = play_offloaded(plan.model.block, host(self.host), plan.policy)
         held = plan.model.held(plan.policy)
         values = {
             "tflop_per_s": plan.tflop_per_s,

@@ -23,8 +23,9 @@ from typing import ClassVar
 from narrows.cost import Limit
 from narrows.errors import NarrowsError
 from narrows.graph import Graph
+from narrows.host import host
 from narrows.machine import Cluster, Machine, cluster
-from narrows.simulate.offload import HOSTS, Offloaded, Policy, alone, offloaded, play_offloaded
+from narrows.simulate.offload import Offloaded, Policy, alone, offloaded, play_offloaded
 from narrows.step import Step
 from narrows.technique import Card, Claim, Measures, Reading, choice
 
@@ -57,9 +58,10 @@ class ZeroInfinity(Measures):
     outside: bool = choice(True, help="False keeps everything in the devices' memory, cut over them (ZeRO-3)")
 
     def __post_init__(self) -> None:
-        if self.host not in HOSTS or min(self.devices, self.tiles) < 1:
-            raise NarrowsError(f"host={self.host}, devices={self.devices}, tiles={self.tiles}.", where=self.card.slug,
-                               remedy=f"Use a host of {', '.join(HOSTS)}, and one or more of the others.")  # fmt: skip
+        host(self.host)
+        if min(self.devices, self.tiles) < 1:
+            problem = f"devices={self.devices}, tiles={self.tiles}."
+            raise NarrowsError(problem, where=self.card.slug, remedy="Give one or more of each.")
 
     def baseline(self) -> "ZeroInfinity":
         return replace(self, outside=False, tiles=1)
@@ -78,12 +80,12 @@ class ZeroInfinity(Measures):
 
     def fits(self, model: Offloaded, group: Cluster) -> bool:
         """Whether devices, hosts and disks hold it."""
-        return model.fits(group.machine, HOSTS[self.host], self.policy, -(-self.devices // group.devices_per_node))
+        return model.fits(group.machine, host(self.host), self.policy, -(-self.devices // group.devices_per_node))
 
     def tflop_per_s(self, graph: Graph, group: Cluster, batch: int, sequence: int) -> float:
         """TFLOP/s of a device; not a number where the model does not fit."""
         model = self.model(graph, group, batch, sequence)
-        return model.tflop_per_s(HOSTS[self.host], self.policy) if self.fits(model, group) else math.nan
+        return model.tflop_per_s(host(self.host), self.policy) if self.fits(model, group) else math.nan
 
     def measure(self, graph: Graph, machine: Machine, step: Step) -> Reading:
         """A step of the step's sequences, spread over the devices, and bytes of each place (`fits`: 1 if each holds them).
@@ -96,7 +98,7 @@ class ZeroInfinity(Measures):
         sequence = int(step["tokens"] / step["sequences"])
         chosen = self if machine.link else replace(self, devices=1)
         model = chosen.model(graph, group, max(1, int(step["sequences"]) // chosen.devices), sequence)
-        timeline = play_offloaded(model.block, HOSTS[self.host], self.policy)
+        timeline = play_offloaded(model.block, host(self.host), self.policy)
         held = model.held(self.policy)
         values = {"tflop_per_s": model.flop / model.devices / timeline.seconds / 1e12, "seconds": timeline.seconds}
         values |= {f"{place}_bytes": size for place, size in held.items()} | {"fits": float(chosen.fits(model, group))}
