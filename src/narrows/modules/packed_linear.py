@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Self
 
 import torch
@@ -16,6 +18,8 @@ from narrows.graph import DType, Op
 # a Xeon with AMX, layers of 192 x 576 to 4096 x 4096. For fp16 and fp32 it is not vectorised and never pays.
 KERNEL_ROWS = {4: (64, 64), 8: (10, 20)}
 KERNEL_GROUPS = (32, 64, 128, 256)
+# On CUDA, up to so many rows, which read fewer bytes than they could multiply: assumed, not yet measured.
+CUDA_ROWS = 64
 # Weights unpacked at a time: 4 MB as fp32, so that unpacking stays in the cache.
 CHUNK = 2**20
 # Smallest scale: with 5 significant bits it is still exact in fp16.
@@ -114,6 +118,16 @@ def native_block() -> int:
     return next((b for b in (64, 32) if torch.equal(native.flatten(), _interleaved(probe.to(torch.uint8), b).flatten())), 0)
 
 
+@cache
+def cuda_kernels() -> ModuleType | None:
+    """The kernels for CUDA; None where Triton is not installed."""
+    if find_spec("triton") is None:
+        return None
+    from narrows.modules import packed_triton
+
+    return packed_triton
+
+
 class PackedLinear(nn.Module):  # type: ignore[misc]
     """y = x W^T + b with W kept as packed integers alone: [..., K] to [..., N] in the dtype of x.
 
@@ -205,6 +219,8 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
             y = F.linear(flat, self.codes.weight(x.dtype))
         elif self.native and x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(flat) <= self.kernel_rows:
             y = self._kernel(flat.contiguous())
+        elif x.is_cuda and len(flat) <= CUDA_ROWS and self.on_cuda(x.dtype):
+            y = self._cuda(flat)
         else:
             y = self._unpacked(flat)
         y = y if self.bias is None else y + self.bias
@@ -215,6 +231,17 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
         if self.form.bits == 8:
             return torch.ops.aten._weight_int8pack_mm(x, self.packed, scales)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.form.group, scales)
+
+    def on_cuda(self, dtype: torch.dtype) -> bool:
+        """Whether a kernel for CUDA reads this layer's layout."""
+        kernels = cuda_kernels()
+        return kernels is not None and kernels.serves(round(self.form.bits), self.form.group, self.block, dtype)
+
+    def _cuda(self, x: Tensor) -> Tensor:
+        kernels, scales = cuda_kernels(), self.scales.view(torch.bfloat16)
+        if self.form.bits == 8:
+            return kernels.multiply_int8(x, self.packed, scales)  # type: ignore[union-attr]
+        return kernels.multiply_int4(x, self.packed, scales, self.form.group, self.block)  # type: ignore[union-attr]
 
     def _unpacked(self, x: Tensor) -> Tensor:
         """x [M, K] times the weights, unpacked a few blocks of rows at a time."""
