@@ -119,13 +119,14 @@ class TokenRing(Measures):
     def measure(self, graph: Graph, machine: Machine, step: Step) -> Reading:
         """Seconds of all layers' attention, both ways, and bytes that a device sends on and home in a step of the model."""
         layers = [op for op in graph.forward if op.kind == "attention"]
-        if not layers:
-            raise NarrowsError(f"{graph.name} has no attention.", where=self.card.slug, remedy="Give a transformer.")
         rows, found = [], dict[str, float]()
         for way in (self, replace(self, passed="keys" if self.passed == "queries" else "queries")):
             seconds = sum(way.play(op, machine, step).seconds * op.repeat for op in layers)
-            sent = {what: size * (self.devices - 1) * op.repeat for op in layers for what, size in way.messages(op, step)}
-            rows.append({"passed": way.passed, "seconds": seconds, "on, bytes": sent["on"], "home, bytes": sent.get("home", 0.0)})
+            sent = {"on": 0.0, "home": 0.0}
+            for op in layers:
+                for what, size in way.messages(op, step):
+                    sent[what] += size * (self.devices - 1) * op.repeat
+            rows.append({"passed": way.passed, "seconds": seconds, **{f"{what}, bytes": size for what, size in sent.items()}})
             found = found or {"seconds": seconds, "sent_bytes": sum(sent.values())}
         return Reading(found, {"seconds": "s", "sent_bytes": "B"}, tuple(rows))
 
