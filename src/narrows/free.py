@@ -44,6 +44,7 @@ class Bf16(Rewrites):
         price="rounding to 8 bits of mantissa",
         stage=Stage.CAST,
         touches=("dtype",),
+        blockwise=True,
     )
 
     def baseline(self) -> "Bf16":
@@ -52,6 +53,8 @@ class Bf16(Rewrites):
     def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
         if not any(FP32 in (op.act, op.weight) for op in graph):
             return No("nothing in it is fp32")
+        if sparse := graph.find("sparse"):
+            return No(f"{sparse[0].name} keeps its nonzeros alone, and their kernel is for fp32")
         if machine is not None and machine.peak("bf16") <= machine.peak("fp32") and machine.kind != "gpu":
             return No(f"{machine.name} computes bf16 no faster than fp32")
         return True

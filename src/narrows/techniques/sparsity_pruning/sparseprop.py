@@ -21,31 +21,18 @@ Nikdan, Pegolotti, Iofinova, Kurtic, Alistarh. SparseProp: Efficient Sparse Back
 Networks. ICML 2023.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import numpy as np
+from typing import ClassVar
 
 from narrows.cost import Limit
 from narrows.errors import NarrowsError
-from narrows.graph import FP32, Graph, Op, at
-from narrows.machine import Machine
-from narrows.modules.linears import ReplacesLinears, csr
+from narrows.modules.nonzeros import KeepsNonzeros
 from narrows.step import Step
 from narrows.technique import Card, Claim, Example, Stage, choice
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-ROWS = 64  # that the kernel takes at a time
-# Share of zeros from which the kernel beats dense fp32, measured on one core with AVX-512, layers of 384 x 384 to
-# 768 x 3072: there it takes 0.9 and 0.85 of the time. With a tenth less zeros, it takes longer than dense.
-LEAST = {"train": 0.8, "prefill": 0.7, "forward": 0.7}
-
 
 @dataclass(frozen=True)
-class SparseProp(ReplacesLinears):
+class SparseProp(KeepsNonzeros):
     """Linear layers that keep, multiply and train their largest weights alone."""
 
     card: ClassVar[Card] = Card(
@@ -90,57 +77,12 @@ class SparseProp(ReplacesLinears):
     def baseline(self) -> "SparseProp":
         return replace(self, sparsity=0.0)
 
+    @property
+    def option(self) -> str:
+        return f"sparsity={self.sparsity:g}"
+
     def nonzeros(self, inputs: int, outputs: int) -> int:
-        """How many weights a layer keeps."""
-        return max(1, round((1 - self.sparsity) * inputs * outputs))
-
-    def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
-        return super().layers(model) if self.sparsity else {}
-
-    def unfit(self, name: str, inputs: int, outputs: int) -> str:
-        many = self.nonzeros(inputs, outputs)
-        return f"{many} nonzeros are more than 32 bits count" if many >= 2**31 else ""
-
-    def unpaid(self, machine: Machine | None, graph: Graph, ops: Sequence[Op], step: Step) -> str:
-        if machine and machine.kind != "cpu":
-            return f"its kernel runs on CPUs, and {machine.name} is a {machine.kind}"
-        if any({op.act, op.weight} != {FP32} for op in ops):
-            return f"its numbers are {ops[0].act.name}; the kernel is for fp32"
-        least = LEAST.get(step.phase, 1.0)
-        if self.sparsity < least:
-            return f"sparsity={self.sparsity:g} of the weights are zero; dense products are as fast up to {least:g}"
-        rows = max(float(np.min(at(op["rows"], step))) for op in ops)  # a pooler is given less, and takes next to no time
-        return f"no layer is given more than {rows:g} rows, and the kernel takes {ROWS} at a time" if rows < ROWS else ""
-
-    def parts(self, op: Op) -> Sequence[Op]:
-        inputs, outputs = int(op["inputs"]), int(op["outputs"])  # type: ignore[arg-type]
-        kept = self.nonzeros(inputs, outputs)
-        sizes = {"rows": op["rows"], "inputs": inputs, "outputs": outputs, "nonzeros": kept, "bias": op["bias"]}
-        if not self.sparsity:
-            return (op,)
-        return (replace(op, kind="sparse", dims=sizes, weight=csr(outputs, kept)),)
-
-    def hollow(self, name: str, linear: "nn.Module") -> "nn.Module":
-        from narrows.modules.sparse_linear import SparseLinear
-
-        plain: Any = linear
-        kept = self.nonzeros(plain.in_features, plain.out_features)
-        return SparseLinear(plain.in_features, plain.out_features, kept, plain.bias is not None, plain.weight.device)
-
-    def apply(self, model: "nn.Module", data: Sequence[Mapping[str, "Tensor"]]) -> "nn.Module":
-        import torch
-
-        from narrows.modules.sparse_linear import SparseLinear
-
-        for name, linear in self.layers(model).items():
-            if linear.weight.dtype != torch.float32:
-                problem = f"its weights are {linear.weight.dtype}."
-                raise NarrowsError(problem, where=f"sparseprop: {name}", remedy="Convert the model to fp32 first.")
-            layer = SparseLinear.of(linear, self.nonzeros(linear.in_features, linear.out_features))
-            if not name:
-                return layer
-            model.set_submodule(name, layer)
-        return model
+        return max(1, round((1 - self.sparsity) * inputs * outputs)) if self.sparsity else 0
 
     @classmethod
     def example(cls) -> Example:
