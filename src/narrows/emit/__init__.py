@@ -36,6 +36,10 @@ def emit(name: str, layout: Layout, graph: Graph, sequence: int, devices_per_nod
     known = [key for key in TEMPLATES if name in (key, key.partition("-")[0])]
     if not known:
         raise NarrowsError(f"there is no template {name!r}.", where="emit", remedy=closest(name, list(TEMPLATES)))
+    for field, shares in (("layers", layout.layers), ("shares", layout.shares)):
+        if shares:
+            remedy = "Plan on one group of devices."
+            raise NarrowsError(f"the framework shares out evenly, and not {shares}.", where=f"emit: {field}", remedy=remedy)
     return TEMPLATES[known[-1]].write(Run(known[-1], layout, graph, sequence, devices_per_node))
 
 

@@ -15,6 +15,9 @@ def write(run: Run) -> str:
     run.refuse(layout.expert > 1, "expert", "Give ep_size in code, to deepspeed.moe.layer.MoE.")
     run.refuse(layout.gradient_bits < 16, "gradient_bits", "Use 16 or 32.")
     run.refuse(layout.offload in ("activations", "both"), "offload", "Use optimizer or none.")
+    run.refuse(layout.offload != "none" and not layout.shard, "offload", "Use none, or shard=1 to 3.")
+    run.refuse(layout.tensor > 1 and layout.shard == 3, "shard", "With tensor, use 0, 1 or 2.")
+    run.refuse(layout.sequence, "sequence", "Leave it out: its tensor parallelism keeps norms whole.")
     zero: dict[str, Any] = {"stage": layout.shard, "overlap_comm": layout.overlap}
     if layout.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -31,5 +34,5 @@ def write(run: Run) -> str:
     if layout.tensor > 1:
         config["tensor_parallel"] = {"autotp_size": layout.tensor}
     if layout.recompute != "none":  # which layers is the model's own choice
-        config["activation_checkpointing"] = {"partition_activations": layout.sequence}
+        config["activation_checkpointing"] = {"partition_activations": False}
     return json.dumps(config, indent=2) + "\n"

@@ -14,6 +14,7 @@ def write(run: Run) -> str:
     run.refuse(layout.gradient_bits < 16, "gradient_bits", "Use 16 or 32.")
     run.refuse(layout.offload in ("activations", "both"), "offload", "Use optimizer or none.")
     run.refuse(layout.shard >= 2 and layout.pipeline > 1, "shard", "With stages, use 0 or 1.")
+    run.refuse(layout.tensor > 1 and layout.expert > 1 and not layout.sequence, "sequence", "Experts need sequence=true.")
     flags: list[tuple[str, object]] = [
         ("tensor-model-parallel-size", layout.tensor),
         ("pipeline-model-parallel-size", layout.pipeline),
@@ -32,6 +33,7 @@ def write(run: Run) -> str:
         (layout.shard or layout.offload == "optimizer", "use-distributed-optimizer", None),
         (layout.shard >= 2, "use-megatron-fsdp", None),
         (layout.shard >= 2, "data-parallel-sharding-strategy", _SHARDING.get(layout.shard)),
+        (layout.shard >= 2, "ckpt-format", "fsdp_dtensor"),
         (layout.overlap and layout.data > 1, "overlap-grad-reduce", None),
         (layout.overlap and layout.data > 1 and layout.shard, "overlap-param-gather", None),
         (layout.gradient_bits == 16 and run.dtype == "bf16", "grad-reduce-in-bf16", None),
@@ -43,6 +45,8 @@ def write(run: Run) -> str:
         (run.dtype != "fp32", run.dtype, None),
     ]
     flags += [(name, value) for use, name, value in wanted if use]
-    lines = [f"torchrun --nnodes {run.nodes} --nproc-per-node {run.per_node} pretrain_gpt.py"]
+    queues = 8 if layout.shard >= 2 else 1  # its FSDP asks for several, tensor and context parallelism before Blackwell for one
+    start = f"torchrun --nnodes {run.nodes} --nproc-per-node {run.per_node} pretrain_gpt.py"
+    lines = [f"CUDA_DEVICE_MAX_CONNECTIONS={queues} {start}"]
     lines += [f"  --{name}" + ("" if value is None else f" {value}") for name, value in flags]
     return " \\\n".join([*lines, '  "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}"']) + "\n"

@@ -12,12 +12,17 @@ def write(run: Run) -> str:
     layout, staged = run.layout, run.layout.pipeline > 1
     run.refuse(layout.offload != "none" and layout.offload_to != "host", "offload_to", "Use host.")
     run.refuse(layout.shard == 1, "shard", "Use 0, 2 (weights stay gathered) or 3.")
+    inner = layout.devices // layout.data > 1 or layout.expert > 1
+    run.refuse(not layout.shard and layout.data > 1 and inner, "shard", "Use 2 or 3: its DDP goes with no other dimension.")
+    run.refuse(not layout.shard and layout.context > 1, "shard", "Use 2 or 3: it shards over context ranks.")
+    run.refuse(layout.recompute == "selective", "recompute", "Use none or full: its selective mode keeps other results.")
     run.refuse(layout.tensor > 1 and not layout.sequence, "sequence", "Use sequence=true: it always splits norms.")
     run.refuse(layout.context_by == "ulysses" and layout.context > 1, "context_by", "Use ring.")
     run.refuse(layout.schedule not in _SCHEDULES, "schedule", f"Use {', '.join(_SCHEDULES)}.")
     run.refuse(layout.balance == "vocabulary", "balance", "Use layers or none.")
     run.refuse(bool(layout.recompute_layers), "recompute_layers", "Use 0: all layers of a stage.")
     run.refuse(layout.offload not in ("none", "optimizer"), "offload", "Use optimizer or none.")
+    run.refuse(layout.offload != "none" and not layout.shard, "offload", "Use none, or shard=2 or 3.")
     run.refuse(layout.gradient_bits < 16, "gradient_bits", "Use 16 or 32.")
     parallel: dict[str, Any] = {
         "data_parallel_replicate_degree": 1 if layout.shard else layout.data,
@@ -44,6 +49,7 @@ def write(run: Run) -> str:
         "local_batch_size": layout.microbatch * (layout.accumulate if staged else 1),
         "global_batch_size": layout.batch,
         "seq_len": run.sequence,
+        "mixed_precision_param": "float32" if run.dtype == "fp32" else "bfloat16",
         "mixed_precision_reduce": "float32" if layout.gradient_bits == 32 else "bfloat16",
         "enable_cpu_offload": layout.offload == "optimizer",
     }

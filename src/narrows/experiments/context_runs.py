@@ -8,8 +8,9 @@ from narrows.costmodel import op_time
 from narrows.layout import Layout
 from narrows.machine import cluster
 from narrows.modules.split_sequence import exchanged, passed, share
-from narrows.run.check import Checked, Run, check
-from narrows.simulate.training import wire
+from narrows.run.check import Checked, check
+from narrows.run.job import Run
+from narrows.simulate.network import wire
 from narrows.step import Step
 
 RANKS = (2, 4)

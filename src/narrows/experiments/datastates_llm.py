@@ -11,7 +11,8 @@ from narrows.capture import capture
 from narrows.errors import NarrowsError
 from narrows.layout import Layout
 from narrows.machine import cluster
-from narrows.run.check import Run, merged, rank, small
+from narrows.run.check import merged, rank
+from narrows.run.job import Run, small
 from narrows.run.launch import launch
 from narrows.simulate.training import step_seconds
 from narrows.techniques.training_memory_offload.datastates_llm import MASTER_BYTES, WRITE_BYTES_PER_S, DataStates, seconds

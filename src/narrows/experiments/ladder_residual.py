@@ -8,8 +8,9 @@ from narrows.capture import capture
 from narrows.layout import Layout
 from narrows.machine import cluster
 from narrows.parallel import tensor_parallel
-from narrows.run.check import TOLERANCE, Run, check
-from narrows.simulate.training import wire
+from narrows.run.check import TOLERANCE, check
+from narrows.run.job import Run
+from narrows.simulate.network import wire
 from narrows.step import Step
 from narrows.techniques.training_parallelism.ladder_residual import LadderResidual, timeline
 

@@ -6,7 +6,8 @@ from narrows.capture.config import from_config
 from narrows.experiments.context_runs import farthest
 from narrows.layout import Layout
 from narrows.machine import cluster
-from narrows.run.check import Checked, Run, check
+from narrows.run.check import Checked, check
+from narrows.run.job import Run
 from narrows.simulate.pipeline import Work
 from narrows.simulate.training import step_seconds
 from narrows.techniques.training_parallelism.megatron_lm_ptd_p import MegatronPTDP

@@ -11,7 +11,8 @@ import numpy as np
 
 from narrows.errors import NarrowsError
 from narrows.layout import Layout
-from narrows.run.check import Ran, Run, largest_error, merged, rank, small
+from narrows.run.check import largest_error, merged, rank
+from narrows.run.job import Ran, Run, small
 from narrows.run.launch import launch
 from narrows.techniques.training_memory_offload.universal_checkpointing import UniversalCheckpointing
 

@@ -1,4 +1,4 @@
-"""A small Llama: whole, or the stages of a pipeline; its attention, and what a residual waits for, can be exchanged."""
+"""A small Llama or Mixtral: whole, or a pipeline's stages; its attention, and what a residual waits for, can be exchanged."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
+
+from narrows.modules.experts import Experts
 
 Mixer = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, T, H, d], keys and values [B, T, K, d] to [B, T, H, d]
 
@@ -16,6 +19,16 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
     )
     return out.transpose(1, 2)
+
+
+def again(mix: Mixer) -> Mixer:
+    """Attention whose core is computed again in the backward pass, and nothing of it kept."""
+
+    def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = checkpoint(mix, q, k, v, use_reentrant=False)
+        return out
+
+    return mixed
 
 
 class Attention(nn.Module):  # type: ignore[misc]
@@ -63,7 +76,8 @@ class Block(nn.Module):  # type: ignore[misc]
         super().__init__()
         wide, small = config["hidden_size"], config["rms_norm_eps"]
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(wide, small), nn.RMSNorm(wide, small)
-        self.self_attn, self.mlp = Attention(config, mix), FeedForward(config)
+        self.self_attn = Attention(config, mix)
+        self.mlp = Experts(config) if config.get("num_local_experts") else FeedForward(config)
 
     def forward(self, x: Tensor, turn: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), turn)
@@ -84,7 +98,8 @@ class Stage(nn.Module):  # type: ignore[misc]
     """Some layers of the model with, at its ends, embedding and output layer; parameters have the names of the whole model.
 
     Takes tokens [B, T] (first stage) or the residual stream [B, T, D]; gives that, or logits [B, T, V] (last stage).
-    `positions` are those of the T tokens, where they are not the first of their sequence. `ladder` is for whole models.
+    `positions` are those of the T tokens, where they are not the first of their sequence; `recompute` says how many of its
+    layers, from the first, are computed again in the backward pass. `ladder` is for whole models.
     """
 
     def __init__(
@@ -95,7 +110,7 @@ class Stage(nn.Module):  # type: ignore[misc]
         wide, words = config["hidden_size"], config["vocab_size"]
         self.size, self.base = wide // config["num_attention_heads"], config.get("rope_theta", 10000.0)
         self.positions: Tensor | None = None
-        self.recompute = False
+        self.recompute = 0
         self.climbs = ladder
         self.model = nn.Module()
         self.model.layers = nn.ModuleDict({str(i): Block(config, mix) for i in layers})
@@ -113,11 +128,11 @@ class Stage(nn.Module):  # type: ignore[misc]
         if model.embed_tokens is not None:
             x = model.embed_tokens(x)
         turn, pending = self._turn(x), None
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if self.climbs:
                 x, pending = block.ladder(x, pending, turn)
-            elif self.recompute:
-                x = torch.utils.checkpoint.checkpoint(block, x, turn, use_reentrant=False)  # type: ignore[no-untyped-call]
+            elif i < self.recompute:
+                x = checkpoint(block, x, turn, use_reentrant=False)
             else:
                 x = block(x, turn)
         x = x if pending is None else x + pending

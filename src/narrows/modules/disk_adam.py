@@ -12,24 +12,23 @@ if TYPE_CHECKING:
 def disk_adam(model: "torch.nn.Module", folder: Path, early: bool = True, **options: Any) -> "torch.optim.Optimizer":
     """An optimizer that gives the weights of `torch.optim.Adam(model.parameters(), **options)`, its states in `folder`.
 
+    Of a parameter that several ranks share, each keeps the states of its part; `recall` brings states back into memory.
+
     early: each parameter is updated as soon as its gradient is complete, and the gradient is freed; `step` then does
     nothing. Otherwise `step` updates them all.
     """
     import torch
+    from torch.distributed.tensor import DTensor
+
+    def local(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     class DiskAdam(torch.optim.Adam):  # type: ignore[misc]
         """Holds the states of the parameter that is updated, and no other."""
 
         @torch.no_grad()  # type: ignore[untyped-decorator]
         def update(self, index: int, parameter: torch.Tensor) -> None:
-            path = folder / f"{index}.state"
-            if path.exists():
-                count, first, second = np.split(np.fromfile(path, np.float32), [1, 1 + parameter.numel()])
-                self.state[parameter] = {
-                    "step": torch.tensor(float(count[0])),
-                    "exp_avg": torch.from_numpy(first).view_as(parameter),
-                    "exp_avg_sq": torch.from_numpy(second).view_as(parameter),
-                }
+            self.recall(index, parameter)
             waiting = {p: p.grad for p in every if p is not parameter}
             for other in waiting:
                 other.grad = None
@@ -38,8 +37,17 @@ def disk_adam(model: "torch.nn.Module", folder: Path, early: bool = True, **opti
                 other.grad = gradient
             parameter.grad = None
             state = self.state.pop(parameter)
-            parts = [state["step"].reshape(1), state["exp_avg"].flatten(), state["exp_avg_sq"].flatten()]
-            torch.cat(parts).numpy().tofile(path)
+            parts = [local(state[name]).flatten() for name in ("step", "exp_avg", "exp_avg_sq")]
+            torch.cat(parts).numpy().tofile(folder / f"{index}.state")
+
+        def recall(self, index: int, parameter: torch.Tensor) -> None:
+            path, part = folder / f"{index}.state", local(parameter.detach())
+            if path.exists():
+                count, *moments = np.split(np.fromfile(path, part.numpy().dtype), [1, 1 + part.numel()])
+                self.state[parameter] = {"step": torch.tensor(float(count[0]))}
+                for name, values in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+                    self.state[parameter][name] = state = torch.empty_like(parameter, requires_grad=False)
+                    local(state).copy_(torch.from_numpy(values).view_as(part))
 
         def step(self, closure: Any = None) -> None:
             for index, parameter in enumerate(every):

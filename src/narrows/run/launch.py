@@ -83,6 +83,7 @@ def under_torchrun() -> tuple[int, int] | None:
 def _rank(work: Callable[..., Any], args: tuple[Any, ...], rank: int, ranks: int, folder: str, pipe: Any) -> None:
     words = os.open(_words(Path(folder), rank), os.O_WRONLY | os.O_APPEND)
     os.dup2(words, 2)
+    tempfile.tempdir = folder  # what a rank that is stopped leaves there goes with it
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     with joined(f"file://{folder}/meet", rank, ranks):
         pipe.send(work(*args))

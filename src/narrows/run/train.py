@@ -1,14 +1,16 @@
 """Run the training step that a layout means, on ranks of this machine, and hold it against one process and the graph.
 
 Tensor parallelism is torch's DTensor, sharding its FSDP2, and a pipeline's order is handed to the schedule runtime of
-`torch.distributed.pipelining`; ring, Ulysses and state passing are those of `narrows.modules`. All in double precision, so
-that what differs is a mistake and not rounding.
+`torch.distributed.pipelining`; ring, Ulysses, state passing, shared experts and optimizer states on disk are those of
+`narrows.modules`.
 """
 
 import os
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,13 +34,17 @@ from torch.distributed.tensor.parallel import (
 )
 
 from narrows.modules import context, state_passing
-from narrows.modules.decoder import Stage, causal, seeded
-from narrows.run.check import Ran, Run
+from narrows.modules.decoder import Stage, again, causal, seeded
+from narrows.modules.disk_adam import disk_adam
+from narrows.modules.experts import Experts
 from narrows.run.checkpoint import Saver, file_of, fragments, latest, load
-from narrows.run.expected import order_of, stages_of
+from narrows.run.expected import order_of
+from narrows.run.job import Ran, Run
 from narrows.run.traffic import Traffic
+from narrows.simulate.played import layers_of
 
-AXES = ("pipeline", "data", "context", "tensor")
+AXES = ("pipeline", "data", "expert", "context", "tensor")  # replicas are `data` groups of `expert` that share their experts
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
 
 def tokens(run: Run, step: int) -> Tensor:
@@ -54,40 +60,57 @@ class Trainer:
 
     def __init__(self, run: Run) -> None:
         self.run, layout = run, run.layout
-        sizes = (layout.pipeline, layout.data, layout.context, layout.tensor)
+        sizes = (layout.pipeline, layout.data // layout.expert, layout.expert, layout.context, layout.tensor)
         self.mesh: DeviceMesh = init_device_mesh("cpu", sizes, mesh_dim_names=AXES)
-        self.place = dict(zip(AXES, self.mesh.get_coordinate() or (0,) * 4, strict=True))
-        self.replicas = self.mesh["data", "context"]._flatten("replicas").get_group()
+        self.place = dict(zip(AXES, self.mesh.get_coordinate() or (0,) * len(AXES), strict=True))
+        self.alike = {  # ranks whose gradients are of the same weights: of all that every replica has, and of experts
+            False: self.mesh["data", "expert", "context"]._flatten("replicas").get_group(),
+            True: self.mesh["data", "context"]._flatten("sharers").get_group(),
+        }
+        self.buckets = {experts: torch.empty(0, dtype=_DTYPES[run.dtype]) for experts in self.alike}
         parts = torch.arange(run.sequence).view(layout.context, -1)
         self.positions = parts if run.linear or layout.context == 1 else context.zigzag(run.sequence, layout.context)
         self.order = order_of(layout)
         self.row = self.order.ranks[self.place["pipeline"]]
         numbers = sorted({one.stage for one in self.row})
-        self.count = stages_of(layout)
+        deep = [int(layers) for layers in layers_of(layout, run.model["num_hidden_layers"])]
+        self.count, self.ends = len(deep), list(accumulate(deep, initial=0))
         self.stages = {number: self._stage(number) for number in numbers}
         named = [(name, p) for stage in self.stages.values() for name, p in stage.named_parameters()]
         self.parameters = dict(named)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-2, foreach=False)
+        self.disk = TemporaryDirectory(prefix="narrows-") if layout.offload == "optimizer" else None
+        self.optimizer = self._optimizer()
         self.executed: list[str] = []
         self.saver = Saver(Path(run.folder), run.lazy)
         self.runtime = self._runtime() if layout.pipeline > 1 else None
 
     def _stage(self, number: int) -> Stage:
         run, layout = self.run, self.run.layout
-        deep = run.model["num_hidden_layers"] // self.count
-        layers = range(number * deep, (number + 1) * deep)
-        stage: Stage = Stage(run.model, layers, number == 0, number == self.count - 1, self._mixer(), run.ladder).double()
-        seeded(stage)
+        layers = range(self.ends[number], self.ends[number + 1])
+        stage: Stage = Stage(run.model, layers, number == 0, number == self.count - 1, self._mixer(), run.ladder)
+        seeded(stage.to(_DTYPES[run.dtype]))
         stage.positions = self.positions[self.place["context"]]
-        stage.recompute = layout.recompute == "full"
+        stage.recompute = (layout.recompute_layers or len(layers)) if layout.recompute == "full" else 0
+        if layout.expert > 1:
+            for part in stage.modules():
+                if isinstance(part, Experts):
+                    part.share(self.mesh["expert"])
         if layout.tensor > 1:
             _cut(stage, self.mesh["tensor"], layout.sequence, run.exchange == "alone")
         if layout.shard:
-            again = layout.shard == 3 and layout.pipeline == 1  # a pipeline's runtime gathers a stage once a step
-            for part in (*stage.blocks, stage):
-                sharded = fully_shard(part, mesh=self.mesh["data"], reshard_after_forward=again)
+            reshard = layout.shard == 3 and layout.pipeline == 1  # a pipeline's runtime gathers a stage once a step
+            for whole in (*stage.blocks, stage):
+                sharded = fully_shard(whole, mesh=self.mesh["data"], reshard_after_forward=reshard)
                 sharded.set_gradient_divide_factor(1.0)
+                sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
         return stage
+
+    def _optimizer(self) -> Any:
+        if self.disk is None:
+            groups = [[p for p in self.parameters.values() if isinstance(p, DTensor) == spread] for spread in (False, True)]
+            return torch.optim.AdamW([{"params": group} for group in groups if group], lr=1e-2, fused=True)
+        whole = torch.nn.ModuleList(self.stages.values())
+        return disk_adam(whole, Path(self.disk.name), early=False, lr=1e-2, weight_decay=1e-2, decoupled_weight_decay=True)
 
     def _mixer(self) -> Any:
         run, group = self.run, self.mesh["context"].get_group()
@@ -95,7 +118,7 @@ class Trainer:
         if run.linear:
             return state_passing.mixer(exchange, run.linear == "gated", group)
         if run.layout.context == 1:
-            return causal
+            return again(causal) if run.layout.recompute == "selective" else causal
         return {"ring": context.ring, "ulysses": context.ulysses, "alone": context.alone}[exchange](self.positions, group)
 
     def _runtime(self) -> _PipelineScheduleRuntime:
@@ -140,32 +163,39 @@ class Trainer:
         """Every step, from the latest checkpoint on."""
         run = self.run
         start = self._resume()
-        losses, seconds, stalls, gradients = [], [], [], dict[str, Any]()
+        losses, seconds, busy, queues, stalls, gradients = [], [], [], [], [], dict[str, Any]()
         traffic = Traffic()
         for step in range(start, run.steps):
             self.executed.clear()
             self.optimizer.zero_grad()
-            traffic = Traffic()
-            begin = time.perf_counter()
-            with traffic, loss_parallel():
+            counted = traffic if step == run.steps - 1 else nullcontext()  # counting takes time
+            begin, worked, queued = time.perf_counter(), time.thread_time(), _queued_seconds()
+            with counted, loss_parallel():
                 losses.append(self._step(tokens(run, step)))
             if step == start:
                 gradients = self._whole({name: p.grad for name, p in self.parameters.items()})
             stall = self.saver.guard()
             self.optimizer.step()
             seconds.append(time.perf_counter() - begin)
+            busy.append(time.thread_time() - worked)
+            queues.append(_queued_seconds() - queued)
             if run.every and (step + 1) % run.every == 0:
                 stalls.append(stall + self.saver.save(step + 1, fragments(self.parameters, self.optimizer, self._first())))
             if run.dies == (dist.get_rank(), step):
                 os.kill(os.getpid(), signal.SIGKILL)
         self.saver.close()
         state: dict[str, Any] = dict(self.parameters)
-        for name, parameter in self.parameters.items():
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            if self.disk is not None:
+                self.optimizer.recall(index, parameter)
             moments = self.optimizer.state[parameter]
             state |= {f"{name}/{moment}": value for moment, value in moments.items() if moment != "step"}
+        if self.disk is not None:
+            self.disk.cleanup()
         planned = tuple(map(str, self.row)) if self.runtime else ()
         return Ran(self.place, tuple(losses), gradients, self._whole(state), tuple(self.executed), planned,
-                   dict(traffic.calls), dict(traffic.sent_bytes), traffic.overlapped, tuple(seconds), tuple(stalls))  # fmt: skip
+                   dict(traffic.calls), dict(traffic.sent_bytes), traffic.overlapped, tuple(seconds), tuple(busy),
+                   tuple(queues), tuple(stalls))  # fmt: skip
 
     def _first(self) -> dict[str, int]:
         """Where it stands among the ranks of which one writes what they hold alike; nowhere, if each writes all it has."""
@@ -181,7 +211,7 @@ class Trainer:
     def _step(self, batch: Tensor) -> float:
         """Forward and backward of every microbatch, and the exchange of gradients; this rank's part of the loss."""
         layout, own = self.run.layout, self.positions[self.place["context"]]
-        batch = batch.chunk(layout.data)[self.place["data"]]
+        batch = batch.chunk(layout.data)[self.place["data"] * layout.expert + self.place["expert"]]
         inputs, targets = batch[:, own], batch[:, own + 1]
         losses: list[Tensor] = []
         if self.runtime is not None:
@@ -195,11 +225,13 @@ class Trainer:
             if isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
                 p.grad = p.grad.redistribute(p.device_mesh, p.placements)
         if not layout.shard and layout.data * layout.context > 1:
-            local = [_local(p.grad) for p in self.parameters.values()]
-            bucket = torch.cat([grad.flatten() for grad in local])
-            dist.all_reduce(bucket, group=self.replicas)
-            for grad, part in zip(local, bucket.split([grad.numel() for grad in local]), strict=True):
-                grad.copy_(part.view_as(grad))
+            for experts, group in self.alike.items():
+                local = [_local(p.grad) for p in self.parameters.values() if _is_of_experts(p) == experts]
+                if local and group.size() > 1:
+                    bucket = torch.cat([grad.flatten() for grad in local], out=self.buckets[experts])
+                    dist.all_reduce(bucket, group=group)
+                    for grad, part in zip(local, bucket.split([grad.numel() for grad in local]), strict=True):
+                        grad.copy_(part.view_as(grad))
         return float(sum(float((loss.full_tensor() if isinstance(loss, DTensor) else loss).detach()) for loss in losses))
 
     def _whole(self, tensors: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
@@ -207,6 +239,16 @@ class Trainer:
         full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
         mine = not any(self.place[axis] for axis in AXES if axis != "pipeline")
         return {name: t.detach().numpy().copy() for name, t in full.items()} if mine else {}
+
+
+def _queued_seconds() -> float:
+    """What this thread has waited for a core while it could have run, by Linux's own count; zero where it does not count."""
+    counts = Path("/proc/thread-self/schedstat")
+    return int(counts.read_text().split()[1]) * 1e-9 if counts.exists() else 0.0
+
+
+def _is_of_experts(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names == ("expert",)
 
 
 def _local(tensor: Any) -> Tensor:
