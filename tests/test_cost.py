@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from narrows.backward import gradient_exchange, training
 from narrows.capture import bundled, capture
 from narrows.cost import CAUSES, cost, total
-from narrows.costmodel import achieved, op_time, tile_use, wired
+from narrows.costmodel import achieved, op_seconds, op_time, tile_use, wired
 from narrows.diagnose import as_json, diagnose, seconds
 from narrows.footprint import footprint
 from narrows.graph import FP16, Graph, Op, at
@@ -227,3 +227,12 @@ def test_peers_over_the_host_have_constants_of_their_own() -> None:
     assert through > 2 * direct
     sent = 2 * 2**28 * 2 * 3 / 4
     assert through == pytest.approx(sent / (achieved(l40s, "pcie").median * 31.5e9), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "deepseek-v2-lite", "jamba-v0.1"])
+def test_seconds_alone_are_the_sum_of_the_causes(name: str) -> None:
+    step = Step(np.array([1, 4])[:, None], 2048, 0, phase="train")
+    for op in training(capture(name)):
+        for eager in (False, True):
+            one = op_time(op, step, H100, eager)
+            assert op_seconds(op, step, H100, eager) == pytest.approx(one.seconds, rel=1e-12), op.name

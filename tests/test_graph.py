@@ -1,6 +1,7 @@
 """Ops and graphs: validation, folding, files."""
 
 import json
+from copy import copy
 
 import pytest
 
@@ -71,6 +72,14 @@ def test_a_graph_file_reads_back_equal() -> None:
         eager=True,
     )
     assert Graph.from_json(graph.to_json()) == graph
+
+
+def test_a_copy_in_another_process_finds_its_own_hash() -> None:
+    graph = Graph("x", (Op("a", "linear", {"rows": 1, "inputs": 2, "outputs": 3}),))
+    once = hash(graph)
+    assert once == hash(graph) == hash(Graph("x", graph.ops)) and len({graph, Graph("x", graph.ops)}) == 1
+    assert set(graph.__getstate__()) == {"name", "ops", "source", "notes", "eager"}
+    assert copy(graph) == graph and hash(copy(graph)) == once
 
 
 @pytest.mark.parametrize(

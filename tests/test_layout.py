@@ -45,6 +45,7 @@ layouts = st.builds(
     recompute=st.sampled_from(RECOMPUTE),
     offload=st.sampled_from(["none", "optimizer", "activations", "both"]),
     offload_to=st.sampled_from(["host", "disk"]),
+    groups=st.sampled_from(["", "a", "b+a"]),
 )
 
 
@@ -77,6 +78,17 @@ def test_the_frameworks_names_mean_the_same() -> None:
         ("pipeline=4,chunks=2,schedule=gpipe", "not gpipe"),
         ("data=6,expert=4", "expert=3 and expert=6"),
         ("recompute_layers=2", "recompute=full"),
+        ("pipeline=2,layers=40", "1 numbers for 2 stages. Give pipeline=1"),
+        ("pipeline=2,layers=40+x", "Write it like 26"),
+        ("pipeline=2,layers=80+0", "Write it like 26"),
+        ("pipeline=2,layers=40+40,balance=layers", "Give balance=none"),
+        ("data=8,accumulate=3,shares=4x3,5x1", "no layout has such a part"),
+        ("data=8,accumulate=3,shares=4x3+5", "Write it like 8x6"),
+        ("data=8,accumulate=3,shares=4x3+5x1", "Give data=9"),
+        ("data=8,accumulate=2,shares=4x3+4x1", "Give accumulate=3"),
+        ("data=8,accumulate=3,shares=4x3+4x1,pipeline=2", "Give pipeline=1"),
+        ("data=8,accumulate=3,shares=6x3+2x1,expert=4", "at a time. The nearest is expert=2"),
+        ("data=8,accumulate=3,shares=4x3+4x1,shard=2", "miss their exchanges. Give shard=1"),
     ],
 )
 def test_a_contradiction_is_named_with_what_is_legal(text: str, says: str) -> None:
@@ -100,6 +112,14 @@ def test_a_contradiction_is_named_with_what_is_legal(text: str, says: str) -> No
         ("data=8", {"batch": 64}, "Give accumulate=8"),
         ("data=8", {"batch": 60}, "global batch=56 and global batch=64"),
         ("data=8,expert=8", {}, "has no experts"),
+        ("pipeline=2,layers=50+20", {}, "70 layers, and llama-3.1-70b has 80. Give the last stage 30"),
+        ("data=8,microbatch=2,accumulate=3,shares=4x3+4x1", {"batch": 30}, "is 32 sequences, not 30. Share out 15"),
+        ("pipeline=2,layers=90+20", {}, "110 layers.*Give the stages fewer"),
+        (
+            "pipeline=2,layers=50+30,chunks=4,accumulate=4",
+            {},
+            "50 layers of a stage do not divide over 4. .* chunks=2 and chunks=5",
+        ),
     ],
 )
 def test_what_does_not_divide_is_named_with_the_nearest_that_does(layout: str, given: dict[str, int], says: str) -> None:
@@ -111,6 +131,8 @@ def test_a_legal_layout_passes() -> None:
     text = "tensor=8,sequence,pipeline=4,chunks=2,data=2,accumulate=256"
     Layout.parse(text).require(LLAMA, devices=64, batch=512, sequence=8192)
     Layout.parse("tensor=2,data=8,expert=8,accumulate=2").require(MIXTRAL, devices=16, batch=16, sequence=4096)
+    Layout.parse("pipeline=3,layers=38+22+20,groups=a+b").require(LLAMA)
+    Layout.parse("data=8,microbatch=2,accumulate=3,shares=4x3+4x1").require(LLAMA, devices=8, batch=32)
     with pytest.raises(NarrowsError, match=r"8 experts .* do not divide over 16"):
         Layout.parse("data=16,expert=16").require(MIXTRAL)
 

@@ -13,8 +13,9 @@ from narrows.layout import SCHEDULES, Layout
 from narrows.machine import cluster
 from narrows.measured.published import Shape, decoder
 from narrows.simulate.memory import memory
+from narrows.simulate.network import Axes, network
 from narrows.simulate.played import held_over_time, played
-from narrows.simulate.training import Axes, network, step_seconds
+from narrows.simulate.training import step_seconds
 
 SELENE = cluster("selene")
 GPT = decoder(Shape(4096, 32, 32), 2048)

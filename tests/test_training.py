@@ -18,7 +18,8 @@ from narrows.measured import training as measured
 from narrows.measured.published import Shape, decoder
 from narrows.measured.table import read
 from narrows.simulate.memory import Memory, layers_of, memory, peak_bytes, stages
-from narrows.simulate.training import Axes, hidden_behind, ledger, network, step_seconds, wire
+from narrows.simulate.network import Axes, network, wire
+from narrows.simulate.training import hidden_behind, ledger, step_seconds
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SELENE = cluster("selene")
@@ -87,7 +88,7 @@ def test_arrays_give_what_single_layouts_give() -> None:
     axes = Axes(
         np.array([0, 1, 2, 0]), np.array([16, 8, 4, 16]), np.array([1, 2, 1, 4]), np.array([0, 1, 2, 3]), np.array([0, 2, 1, 0])
     )
-    many = sum(ledger(net, SELENE, layout, axes).values())
+    many = sum(ledger(net, layout, axes).values())
     bytes_held = peak_bytes(net, layout, axes)
     for at, size in enumerate([1, 2, 4, 1]):
         one = replace(

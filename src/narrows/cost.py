@@ -1,7 +1,9 @@
 """What an op costs in work (an addable vector), and the named causes that its time is split into (see `costmodel`)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Any
 
 from narrows.graph import Graph, Op
 from narrows.step import Amount, Step
@@ -67,10 +69,15 @@ def cost(op: Op, step: Step, eager: bool = False) -> Cost:
     `eager` runs every operator of a fused op as its own kernel: each reads and writes what the fused one keeps
     in registers. A backward pass costs the multiples of the forward that its kind states.
     """
-    kind, dims = op.spec, op.sized(step)
+    return cost_of(op, op.sized(step), eager, step.serves)
+
+
+def cost_of(op: Op, dims: Mapping[str, Any], eager: bool = False, serves: bool = False) -> Cost:
+    """`cost` for dims given as numbers or arrays, whatever the op's own are; `serves` where keys and values are kept."""
+    kind, many = op.spec, op.repeat
     flop, reads, writes = kind.flop(dims), kind.reads(dims), kind.writes(dims)
     weights = op.stored_bytes * kind.touched(dims)
-    cache_reads, cache_writes = kind.cache_reads(dims), kind.cache_writes(dims) if step.serves else 0.0
+    cache_reads, cache_writes = kind.cache_reads(dims), kind.cache_writes(dims) if serves else 0.0
     cache_dtype = op.cache or op.act
     written, states = cache_writes * cache_dtype.bits / 8, 0.0
     if op.phase == "backward":
@@ -82,17 +89,16 @@ def cost(op: Op, step: Step, eager: bool = False) -> Cost:
         states = dims["elements"] * (op.act.bits / 8 + 4 * dims["states"])
         written = dims["elements"] * (op.act.bits / 8 + 4 * dims["states"])
     width = op.act.bits / 8
-    once = Cost(
-        flop=flop,
-        weight_bytes=weights,
-        cache_bytes=cache_reads * cache_dtype.bits / 8,
-        input_bytes=reads * width,
-        state_bytes=states,
-        write_bytes=writes * width + written,
-        link_bytes=kind.link(dims) * width,
-        launches=float(op.kernels if eager else op.kind != "checkpoint"),
+    return Cost(
+        flop=flop * many,
+        weight_bytes=weights * many,
+        cache_bytes=cache_reads * cache_dtype.bits / 8 * many,
+        input_bytes=reads * width * many,
+        state_bytes=states * many,
+        write_bytes=(writes * width + written) * many,
+        link_bytes=kind.link(dims) * width * many,
+        launches=float(op.kernels if eager else op.kind != "checkpoint") * many,
     )
-    return once * op.repeat
 
 
 def total(graph: Graph, step: Step) -> Cost:

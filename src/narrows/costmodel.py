@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from narrows.cost import Cost, cost
+from narrows.cost import Cost, cost_of
 from narrows.graph import FP16, DType, Op, Size
 from narrows.kinds import COLLECTIVES
 from narrows.machine import Machine
@@ -38,6 +38,9 @@ class Achieved:
     high: Any
     rows: int = 0
     source: str = "nothing known: taken as 1"
+
+
+UNASKED = Achieved(1.0, 1.0, 1.0)
 
 
 @cache
@@ -125,21 +128,23 @@ def tile_use(rows: Any, outputs: Any, matrices: Any, machine: Machine) -> Any:
     costs a tenth. `rows` x `outputs` per matrix.
     """
     rows, outputs, matrices = (np.asarray(v, dtype=np.float64) for v in (rows, outputs, matrices))
-    best: Any = 0.0
-    tile_rows, tile_outputs, units = *machine.tile, machine.units
-    work = rows * outputs * matrices
-    sides_down = [max(tile_rows >> h, min(tile_rows, 8)) for h in range(4)]
-    sides_across = [max(tile_outputs >> h, min(tile_outputs, 8)) for h in range(3)]
-    down = [np.ceil(rows / side) * matrices for side in sides_down]
-    across = [np.ceil(outputs / side) for side in sides_across]
-    for h_rows, tiles_down in enumerate(down):
-        for h_outputs, tiles_across in enumerate(across):
-            tiles = np.maximum(tiles_down * tiles_across, 1.0)
-            area = units * sides_down[h_rows] * sides_across[h_outputs]
-            useful = work / (np.ceil(tiles / units) * area)
-            split = np.maximum(1.0, np.floor(units / tiles))  # few tiles: cut the inner dimension as well
-            best = np.maximum(best, np.minimum(useful * split, 1.0) * 0.9 ** (h_rows + h_outputs))
+    sides_down, sides_across, kept = _tiles(*machine.tile, max(rows.ndim, outputs.ndim, matrices.ndim))
+    tiles = np.maximum(np.ceil(rows / sides_down) * matrices * np.ceil(outputs / sides_across), 1.0)
+    area = machine.units * sides_down * sides_across
+    useful = rows * outputs * matrices / (np.ceil(tiles / machine.units) * area)
+    split = np.maximum(1.0, np.floor(machine.units / tiles))  # few tiles: cut the inner dimension as well
+    best = (np.minimum(useful * split, 1.0) * kept).max(axis=(0, 1))
     return np.where(rows > 0, best, 1.0)[()]
+
+
+@cache
+def _tiles(rows: int, outputs: int, axes: int) -> tuple[Any, Any, Any]:
+    """The sides of the tiles there are, down and across, and what each keeps of the full one's speed, before other `axes`."""
+    down = np.array([max(rows >> h, min(rows, 8)) for h in range(4)], dtype=np.float64)
+    across = np.array([max(outputs >> h, min(outputs, 8)) for h in range(3)], dtype=np.float64)
+    kept = np.array([[0.9 ** (h + w) for w in range(3)] for h in range(4)])
+    after = (1,) * axes
+    return down.reshape(4, 1, *after), across.reshape(1, 3, *after), kept.reshape(4, 3, *after)
 
 
 @dataclass(frozen=True)
@@ -170,32 +175,22 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
     """
     if op.kind == "checkpoint":
         return OpTime({}, 0.0, 0.0)
-    work, dims = cost(op, step, eager), op.sized(step)
-    compute, memory, link = constants(op, machine, dims, work)
-    ideal = work.flop / peak(op, machine)
-    used = useful(op, dims, machine)
+    dims = op.sized(step)
+    work = cost_of(op, dims, eager, step.serves)
+    asked, (compute, memory, link) = _asked(op, dims, work, machine, eager), constants(op, machine, dims, work)
+    ideal, used = asked.ideal, asked.used
     traffic = {
         "weights": work.weight_bytes,
         "cache": work.cache_bytes,
         "activations": work.input_bytes + work.write_bytes * (op.kind != "optimizer"),
         "optimizer states": work.state_bytes + work.write_bytes * (op.kind == "optimizer"),
     }
-    all_moved = sum(traffic.values(), 0.0)
-    moved = all_moved / machine.memory.bandwidth_bytes_per_s
-    sent, latency = _wire(op, dims, work, machine, eager)
-    floor, fixed = _launch(work, machine, eager)
-
-    def at(c: float, m: float, k: float) -> tuple[Any, Any, Any, Any]:
-        busy_c, busy_m, busy_l = ideal / (used * c), moved / m, sent / k + latency
-        body = np.maximum(np.maximum(busy_c, busy_m), busy_l)
-        return busy_c, busy_m, body, np.maximum(body + fixed, floor)
-
-    busy_c, busy_m, body, whole = at(compute.median, memory.median, link.median)
+    busy_c, busy_m, body, whole = asked.at(compute.median, memory.median, link.median)
     is_compute = busy_c >= body
     is_memory = (
         ~is_compute & (busy_m >= body) if isinstance(is_compute, np.ndarray) else (not is_compute) and bool(busy_m >= body)
     )
-    share = body / np.maximum(all_moved, 1e-300) * is_memory
+    share = body / np.maximum(work.read_bytes + work.write_bytes, 1e-300) * is_memory
     causes: dict[str, Amount] = {
         "arithmetic": ideal * is_compute,
         "partial tiles": ideal * (1 / used - 1) * is_compute,
@@ -208,7 +203,7 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
         off = machine.efficiency["step"]
         low, high = whole * min(off["low"], 1.0), whole * max(off["high"], 1.0)
     else:
-        low, high = at(compute.high, memory.high, link.high)[3], at(compute.low, memory.low, link.low)[3]
+        low, high = (asked.at(*(getattr(one, end) for one in (compute, memory, link)))[3] for end in ("high", "low"))
     return OpTime(
         {k: v for k, v in causes.items() if np.any(v)},
         low,
@@ -217,18 +212,63 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
     )
 
 
+def op_seconds(op: Op, step: Step, machine: Machine, eager: bool = False) -> Amount:
+    """The seconds of `op_time` alone, without causes and interval, in a third of the work."""
+    return seconds_of(op, op.sized(step), machine, eager, step.serves)
+
+
+def seconds_of(op: Op, dims: dict[str, Any], machine: Machine, eager: bool = False, serves: bool = False) -> Amount:
+    """`op_seconds` for dims given as numbers or arrays, whatever the op's own are."""
+    if op.kind == "checkpoint":
+        return 0.0
+    work = cost_of(op, dims, eager, serves)
+    compute, memory, link = constants(op, machine, dims, work)
+    return _asked(op, dims, work, machine, eager).at(compute.median, memory.median, link.median)[3]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Seconds that an op asks of each resource at the datasheet's peak; `fixed` by a kernel, at least `floor` by the host."""
+
+    ideal: Any
+    used: Any
+    moved: Any
+    sent: Any
+    latency: Any
+    fixed: Any
+    floor: Any
+
+    def at(self, compute: Any, memory: Any, link: Any) -> tuple[Any, Any, Any, Any]:
+        """Seconds of arithmetic and of memory, of the slowest resource, and of the op, where kernels reach such shares."""
+        busy_c, busy_m, busy_l = self.ideal / (self.used * compute), self.moved / memory, self.sent / link + self.latency
+        body = np.maximum(np.maximum(busy_c, busy_m), busy_l)
+        return busy_c, busy_m, body, np.maximum(body + self.fixed, self.floor)
+
+
+def _asked(op: Op, dims: dict[str, Any], work: Cost, machine: Machine, eager: bool) -> _Asked:
+    sent, latency = _wire(op, dims, work, machine, eager)
+    floor, fixed = _launch(work, machine, eager)
+    moved = (work.read_bytes + work.write_bytes) / machine.memory.bandwidth_bytes_per_s
+    return _Asked(work.flop / peak(op, machine), useful(op, dims, machine), moved, sent, latency, fixed, floor)
+
+
 def peak(op: Op, machine: Machine) -> float:
     """The datasheet's FLOP/s that bound an op: of the matrix units in its dtype, or of plain fp32."""
     return machine.peak(op.compute or op.act.name) if op.spec.matmul else machine.peak("fp32")
 
 
 def constants(op: Op, machine: Machine, dims: Mapping[str, Any], work: Cost) -> tuple[Achieved, Achieved, Achieved]:
-    """What an op's class of kernel reaches of the peak in arithmetic, of the memory's bandwidth and of the link's."""
+    """What an op's class of kernel reaches of the peak in arithmetic, of the memory's bandwidth and of the link's.
+
+    A collective asks for nothing but the link, and nothing else for it: what is not asked for is 1.
+    """
+    if op.kind in COLLECTIVES:
+        return UNASKED, UNASKED, achieved(machine, wired(machine))
     formats = f"-{_name(op.weight or op.act)}-{_name(op.act)}"
     return (
         achieved_at(machine, _class(op) + formats, _rows(op, dims)),
         achieved_at(machine, _stream(op, formats), _bytes_at_once(op, work)),
-        achieved(machine, wired(machine)),
+        UNASKED,
     )
 
 
@@ -268,7 +308,8 @@ def _bytes_at_once(op: Op, work: Cost) -> Any:
 
 
 def _name(dtype: DType) -> str:
-    return "bf16" if dtype == FP16 else dtype.name  # the same kernels
+    """The format whose kernels were measured: fp16 has those of bf16, and tiled CSL is unpacked on the way as int4 is."""
+    return "bf16" if dtype == FP16 else "int4" if dtype.name == "csl" else dtype.name
 
 
 def _stream(op: Op, formats: str) -> str:
@@ -350,8 +391,10 @@ def _wire(op: Op, dims: dict[str, Any], work: Cost, machine: Machine, eager: boo
     kernel that reads all peers at once. Below `ramp` bytes a link runs a protocol that trades bandwidth for latency,
     which reads as that many more bytes the larger the message becomes, up to `ramp`.
     """
+    if op.kind not in COLLECTIVES:
+        return 0.0, 0.0
     wire = machine.link or machine.host_link
-    if op.kind not in COLLECTIVES or wire is None:
+    if wire is None:
         return 0.0 * work.flop, 0.0
     base, hop, ramp = (achieved(machine, f"{wired(machine)}_{name}").median for name in ("base", "hop", "ramp"))
     each = work.link_bytes / op.repeat

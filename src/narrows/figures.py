@@ -24,7 +24,9 @@ class Frozen(dict[str, Any]):
     """A mapping that cannot change, so that what holds it can be hashed, cached and pickled."""
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
+        if not self.__dict__:
+            self.__dict__["hash"] = hash(frozenset(self.items()))
+        return int(self.__dict__["hash"])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Frozen, (dict(self),)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,17 @@ class Graph:
     def __iter__(self) -> Iterator[Op]:
         return iter(self.ops)
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # once: a graph is the key of many caches
+        return hash((self.name, self.ops, self.source, self.notes, self.eager))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # a hash of strings holds in its own process only
+
+    @cached_property
     def forward(self) -> tuple[Op, ...]:
         """Its ops without those of the backward pass and the optimizer."""
         return tuple(op for op in self.ops if op.phase == "forward")

@@ -1,6 +1,8 @@
 """How a training step is laid out over devices: one plan object that is read, printed, checked, simulated, emitted and run."""
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -75,6 +77,9 @@ class Layout:
     recompute, recompute_layers   what the backward pass computes again: nothing, the core of attention, or whole layers,
                        so many of each stage (0: all)
     offload, offload_to   what lies outside of the device, and where: in the host's memory, or on disk
+    layers             of each stage, like 26+26+14+14 ('': all have equally many)
+    groups             of a site, in the order in which devices are counted, like a100+v100 ('': all, in its own order)
+    shares             replicas x microbatches in each group, like 8x6+8x2, where slower ones have fewer ('': accumulate all)
 
     `Layout.parse(str(layout)) == layout`. Values that contradict each other raise NarrowsError with the nearest legal ones.
     """
@@ -98,6 +103,9 @@ class Layout:
     recompute_layers: int = 0
     offload: str = "none"
     offload_to: str = "host"
+    layers: str = ""
+    groups: str = ""
+    shares: str = ""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -116,8 +124,44 @@ class Layout:
         if self.data % self.expert:
             raise _wrong("expert", f"{self.data} replicas do not divide over {self.expert}.",
                          nearest("expert", self.expert, divisors(self.data)))  # fmt: skip
+        if self.layers:
+            self._check_layers()
+        if self.shares:
+            self._check_shares()
         if self.recompute_layers and self.recompute != "full":
             raise _wrong("recompute_layers", f"{self.recompute} recomputes no whole layer.", "Give recompute=full, or 0.")
+
+    def _check_layers(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*(\+[1-9]\d*)*", self.layers):
+            raise _wrong("layers", f"{self.layers!r} is no list of numbers.", "Write it like 26+26+14+14.")
+        if len(self.split) != self.pipeline:
+            problem = f"{len(self.split)} numbers for {self.pipeline} stages."
+            raise _wrong("layers", problem, f"Give pipeline={len(self.split)}, or a number for each stage.")
+        if self.balance == "layers":
+            raise _wrong("balance", "layers are shared out by hand already.", "Give balance=none, or no layers.")
+
+    def _check_shares(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(\+[1-9]\d*x[1-9]\d*)*", self.shares):
+            raise _wrong("shares", f"{self.shares!r} is no list of replicas x microbatches.", "Write it like 8x6+8x2.")
+        replicas, most = sum(n for n, _ in self.rounds), max(m for _, m in self.rounds)
+        for field, value, legal in (
+            ("data", self.data, replicas),
+            ("accumulate", self.accumulate, most),
+            ("pipeline", self.pipeline, 1),
+        ):
+            if value != legal:
+                raise _wrong(field, f"it is {value}, and shares are {self.shares}.", f"Give {field}={legal}, or no shares.")
+        if any(replicas % self.expert for replicas, _ in self.rounds):
+            problem = f"{self.shares} parts replicas that share experts, {self.expert} at a time."
+            raise _wrong("expert", problem, nearest("expert", self.expert, divisors(math.gcd(*(n for n, _ in self.rounds)))))
+        if self.shard > 1:
+            raise _wrong("shard", "replicas with fewer microbatches would miss their exchanges.", "Give shard=1, or no shares.")
+
+    @property
+    def rounds(self) -> tuple[tuple[int, int], ...]:
+        """Replicas, and microbatches of each of these, group by group where the layout says them."""
+        pairs = (part.split("x") for part in self.shares.split("+") if part)
+        return tuple((int(replicas), int(many)) for replicas, many in pairs)
 
     @property
     def devices(self) -> int:
@@ -127,7 +171,13 @@ class Layout:
     @property
     def batch(self) -> int:
         """Sequences of a step."""
-        return self.data * self.microbatch * self.accumulate
+        rounds = self.rounds or ((self.data, self.accumulate),)
+        return self.microbatch * sum(replicas * many for replicas, many in rounds)
+
+    @property
+    def split(self) -> tuple[int, ...]:
+        """The layers of each stage, where the layout says them."""
+        return tuple(int(part) for part in self.layers.split("+")) if self.layers else ()
 
     def __str__(self) -> str:
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -154,7 +204,15 @@ class Layout:
         `devices`, `batch` (sequences of a step) and `sequence` (tokens of each) are checked where they are given.
         """
         deep = layer_count(graph)
-        if self.pipeline > 1:
+        if self.layers:
+            if sum(self.split) != deep:
+                problem = f"{self.layers} is {sum(self.split)} layers, and {graph.name} has {deep}."
+                last = deep - sum(self.split[:-1])
+                remedy = f"Give the last stage {last}." if last > 0 else "Give the stages fewer."
+                raise _wrong("layers", problem, remedy)
+            for few in self.split:
+                self._divide("chunks", self.chunks, few, f"{few} layers of a stage")
+        elif self.pipeline > 1:
             units = deep + 2 * (self.balance == "layers")
             what = f"{deep} layers" + (", embedding and output" if units > deep else "")
             self._divide("pipeline", self.pipeline, units, what)
@@ -189,6 +247,9 @@ class Layout:
                 "devices", devices, range(inner, devices + 2 * inner, inner), inner)  # fmt: skip
             spread = f"{self.tensor} x {self.context} x {self.data} x {self.pipeline} (tensor, context, data, pipeline)"
             raise _wrong("devices", f"{spread} is {self.devices} devices, not {devices}.", advice)
+        if batch and self.batch != batch and self.shares:
+            raise _wrong("shares", f"{self.shares} of {self.microbatch} is {self.batch} sequences, not {batch}.",
+                         f"Share out {batch // self.microbatch} microbatches.")  # fmt: skip
         if batch and self.batch != batch:
             each = self.data * self.microbatch
             advice = f"Give accumulate={batch // each}." if not batch % each else nearest(

@@ -290,7 +290,7 @@ def cluster(name_or_path: str | os.PathLike[str]) -> Cluster:
     Its `machine` is a bundled name, or the path of a TOML file as seen from the cluster's own file.
     """
     path, bundled = find("clusters", name_or_path)
-    return _bundled_cluster(path) if bundled else load(path, lambda top: _cluster_of(top, path))
+    return _bundled_cluster(path) if bundled else load(path, lambda top: cluster_of(top, path))
 
 
 def clusters() -> list[str]:
@@ -317,7 +317,7 @@ def _bundled_machine(path: str) -> Machine:
 
 @cache
 def _bundled_cluster(path: str) -> Cluster:
-    return load(path, lambda top: _cluster_of(top, path))
+    return load(path, lambda top: cluster_of(top, path))
 
 
 def _machine_of(top: Table) -> Machine:
@@ -336,7 +336,16 @@ def _machine_of(top: Table) -> Machine:
     )
 
 
-def _cluster_of(top: Table, path: str) -> Cluster:
+def link_of(table: Table) -> Link:
+    """A link as a table of a file says it."""
+    return _part_of(table, Link)
+
+
+def cluster_of(top: Table, path: str) -> Cluster:
+    """A cluster as the top table of a file at `path` says it; one of groups raises NarrowsError."""
+    if "groups" in top.values:
+        remedy = "Only `narrows plan train` lays out over several groups: give the cluster of one of them."
+        raise NarrowsError("it has groups of devices.", where="groups", remedy=remedy)
     named = text(top.take("machine"), "machine")
     if named.endswith(".toml"):
         named = os.path.join(os.path.dirname(os.path.abspath(path)), named)
@@ -345,8 +354,8 @@ def _cluster_of(top: Table, path: str) -> Cluster:
         **{key: top.take(key) for key in ("name", "title", "topology")},
         **{key: top.figure(key) for key in ("devices_per_node", "nodes")},
         machine=machine(named),
-        scale_up=_part_of(up, Link) if up else None,  # type: ignore[arg-type]  # take() has refused a missing one
-        scale_out=_part_of(out, Link) if out else None,
+        scale_up=link_of(up) if up else None,  # type: ignore[arg-type]  # take() has refused a missing one
+        scale_out=link_of(out) if out else None,
         sources=top.cited,
     )
 

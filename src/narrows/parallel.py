@@ -7,6 +7,7 @@ state than it is in, `boxing` names the collective that brings it there.
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 
 from narrows.errors import NarrowsError
 from narrows.graph import Dim, Graph, Op, Size
@@ -147,11 +148,23 @@ def expert_parallel(graph: Graph, devices: int) -> Graph:
     return graph.map(exchange)
 
 
+def pipelined(graph: Graph, stages: int) -> Graph:
+    """The graph with what passes between `stages` that share its layers: a token's residual stream, once from each to the next."""
+    inside = next((op for op in graph.forward if is_layer(op)), None)
+    if stages == 1:
+        return graph
+    if inside is None or layer_count(graph) < stages:
+        raise NarrowsError(f"{graph.name} has not {stages} layers.", where="pipeline", remedy="Use fewer stages.")
+    send = _collective("send", inside, inside.spec.reads(dict(inside.dims)), 2, "pipeline")
+    return replace(graph, ops=(*graph.ops, replace(send, repeat=stages - 1)))
+
+
 def over(op: Op) -> str:
     """The dimension of the mesh that a collective goes over: tensor, context or expert."""
     return op.name.rpartition(" over ")[2].split(",")[0].split()[0]
 
 
+@lru_cache(maxsize=64)
 def layer_count(graph: Graph) -> int:
     """How many layers its stacks have: of each stack, the most that one name (`layers.*.mlp`) is repeated."""
     stacks: dict[str, dict[str, int]] = {}

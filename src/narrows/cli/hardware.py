@@ -11,9 +11,10 @@ from narrows.cli.options import as_json_option, console, print_json, progress
 @click.command()
 @as_json_option
 def machines(as_json: bool) -> None:
-    """The bundled machines, clusters and hosts with their main figures."""
+    """The bundled machines, clusters, sites and hosts with their main figures."""
     from narrows import host as behind
     from narrows import machine as bundled
+    from narrows.site import site, sites
 
     found = [bundled.machine(name) for name in bundled.machines()]
     groups = [bundled.cluster(name) for name in bundled.clusters()]
@@ -23,6 +24,8 @@ def machines(as_json: bool) -> None:
                              for m in found],
                 "clusters": [{"name": c.name, "title": c.title, "machine": c.machine.name, **c.figures()}
                              for c in groups],
+                "sites": [{"name": s.name, "title": s.title, "groups": {g.name: {"machine": g.machine.name, "nodes": g.nodes}
+                                                                        for g in s.groups}} for s in map(site, sites())],
                 "hosts": [{"name": h.name, "title": h.title, **{key: getattr(h, key) for key in behind.FIGURES}}
                           for h in hosts]})  # fmt: skip
     else:
@@ -31,6 +34,7 @@ def machines(as_json: bool) -> None:
         screen = console()
         show_machines(found, screen)
         screen.print("clusters: " + ", ".join(c.name for c in groups))
+        screen.print("sites: " + ", ".join(sites()))
         screen.print("hosts: " + ", ".join(h.name for h in hosts))
 
 

@@ -2,11 +2,15 @@
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from narrows.cli.options import as_json_option, console, print_json, write_file
 from narrows.errors import NarrowsError
+
+if TYPE_CHECKING:
+    from narrows.search.priced import Job
 
 
 @click.group()
@@ -16,8 +20,8 @@ def plan() -> None:
 
 @plan.command()
 @click.argument("model")
-@click.option("--cluster", "-c", required=True, metavar="NAME|FILE", help="A bundled cluster, or your own TOML file.")
-@click.option("--devices", "-n", type=int, help="How many of it (default: all); whole nodes, as many as are asked for.")
+@click.option("--cluster", "-c", required=True, metavar="NAME|FILE", help="A bundled cluster or site, or your own TOML file.")
+@click.option("--devices", "-n", type=int, help="How many of it (default: all); whole nodes, and whole groups of a site.")
 @click.option("--global-batch", "-g", "batch", type=int, required=True, help="Sequences of a step.")
 @click.option("--seq", "-s", "sequence", type=int, default=4096, show_default=True, help="Tokens of a sequence.")
 @click.option("--memory", metavar="SIZE", help="What a device may hold, like 70GB (default: all of its memory).")
@@ -39,20 +43,12 @@ def train(model: str, cluster: str, devices: int | None, batch: int, sequence: i
           target: str | None, out: str | None, timeline: str | None, as_json: bool) -> None:  # fmt: skip
     """The fastest layout of a training step of MODEL that fits, why it is fastest, and what limits it. Exit 1 if none fits."""
     from narrows import layout as layouts
-    from narrows.capture import capture
-    from narrows.free import cast
-    from narrows.graph import DTYPES
-    from narrows.machine import cluster as find
     from narrows.search import train as search
-    from narrows.units import parse_bytes
+    from narrows.search.priced import price
 
-    group = find(cluster)
-    room = parse_bytes(memory) if memory else 0
-    chosen = dtype or ("bf16" if group.machine.computes_in("bf16") == "bf16" else "fp16")
-    graph = cast(capture(model), DTYPES[chosen])
-    job = search.Job(graph, group, group.devices if devices is None else devices, batch, sequence, room, framework)
+    job = job_of(model, cluster, devices, batch, sequence, memory, dtype, framework)
     if layout is not None:
-        found = search.TrainPlan(job, 1, 0.0, (search.price(job, layouts.Layout.parse(layout)),), ())
+        found = search.TrainPlan(job, 1, 0.0, (price(job, layouts.Layout.parse(layout)),), ())
     else:
         space = search.Space(schedule=schedules or ("1f1b",), offload=offloads or ("none",))
         found = search.plan_train(job, space, top, pareto)
@@ -61,12 +57,13 @@ def train(model: str, cluster: str, devices: int | None, batch: int, sequence: i
         if not found.best:
             raise NarrowsError("no layout fits.", where="plan train", remedy="Give more devices or memory.")
         best = found.best[0].layout
-        about = {"model": model, "cluster": cluster, "sequence": sequence, "step_seconds": found.best[0].seconds}
+        about = {"model": model, "cluster": cluster, "sequence": sequence, "dtype": job.graph.ops[0].act.name,
+                 "framework": framework, "step_seconds": found.best[0].seconds}  # fmt: skip
         settings = layouts.dump(best, **about)
         if target:
             from narrows.emit import emit
 
-            settings = emit(target, best, job.graph, sequence, job.cluster.devices_per_node)
+            settings = emit(target, best, job.graph, sequence, job.alone(best.groups).single.devices_per_node)
         if timeline:
             from narrows.report.gantt import gantt
             from narrows.simulate.played import played
@@ -85,3 +82,20 @@ def train(model: str, cluster: str, devices: int | None, batch: int, sequence: i
         show_train_plan(found, console())
     if not found.best:
         sys.exit(1)
+
+
+def job_of(model: str, cluster: str, devices: int | None, batch: int, sequence: int, memory: str | None, dtype: str | None,
+           framework: str) -> "Job":  # fmt: skip
+    """The step that the options mean, on all of a cluster's devices unless told how many."""
+    from narrows.capture import capture
+    from narrows.free import cast
+    from narrows.graph import DTYPES
+    from narrows.search.priced import Job
+    from narrows.site import site
+    from narrows.units import parse_bytes
+
+    group = site(cluster)
+    able = all(one.machine.computes_in("bf16") == "bf16" for one in group.groups)
+    chosen = dtype or ("bf16" if able else "fp16")
+    graph, room = cast(capture(model), DTYPES[chosen]), parse_bytes(memory) if memory else 0
+    return Job(graph, group, group.devices if devices is None else devices, batch, sequence, room, framework)

@@ -11,8 +11,10 @@ WIDTH = 960.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 92.0, 22.0, 8.0, 44.0
 _TALLEST, _THINNEST = 26.0, 3.0
 _LETTER = 7.0  # an upper estimate of a letter's width at 11 px
-_COLOURS = {"F": "#3b78d8", "B": "#d9822b", "I": "#d9822b", "W": "#3a9d5d", "other": "#8a63b8"}
-_NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights", "other": "other"}
+_COLOURS = {"F": "#3b78d8", "B": "#d9822b", "I": "#d9822b", "W": "#3a9d5d", "steps": "#3b78d8", "lost": "#c23b3b",
+            "restart": "#d9822b", "waiting": "#8c8c8c", "other": "#8a63b8"}  # fmt: skip
+_NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights", "steps": "steps",
+          "lost": "lost", "restart": "restart", "waiting": "waiting", "other": "other"}  # fmt: skip
 _STYLE = (
     ".gantt text{font:11px system-ui,sans-serif;fill:currentColor}.gantt .in{fill:#fff}"
     ".gantt .grid{stroke:currentColor;stroke-opacity:.15}.gantt .axis{stroke:currentColor;stroke-opacity:.5}"

@@ -208,11 +208,13 @@ def _cell(value: Any) -> Cell:
 
 WHERE = {
     "queue": ("waiting to be let in", "scheduling"),
+    "cold_start": ("waiting for a replica to start", "storage"),
     "prompt": ("reading the prompt", "compute"),
     "interference": ("steps that read others' prompts", "scheduling"),
     "decode": ("giving tokens", "bandwidth"),
     "communication": ("collectives", "communication"),
     "host": ("the engine's own work", "launch"),
+    "power_cap": ("a lower clock under the power cap", "energy"),
     "preemption": ("evicted, and reading again", "capacity"),
     "transfer": ("keys and values on their way", "communication"),
 }

@@ -39,6 +39,7 @@ def deployment_table(p: ServePlan) -> Table:
             Cell("-" if c.attained is None else percent(c.attained), c.attained),
             Cell(format_seconds(first), first),
             Cell(format_seconds(each), each),
+            Cell(" to ".join(format_seconds(end) for end in c.interval["tpot_s"]) if c.interval else "-"),
             Cell("-" if c.dollars_per_mtoken is None else f"${c.dollars_per_mtoken:.2f}", c.dollars_per_mtoken),
             Cell("-" if c.joules_per_token is None else f"{c.joules_per_token:.2g} J", c.joules_per_token),
         )
@@ -50,6 +51,7 @@ def deployment_table(p: ServePlan) -> Table:
         "within:number",
         f"TTFT p{100 * p.job.share:.0f}:number",
         "TPOT:number",
+        "80 %:number:130",
         "a million tokens:number:110",
         "a token:number:110",
     )

@@ -3,18 +3,21 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from narrows.ablation import Ablation
 from narrows.claims import Evidence
 from narrows.diagnose import Diagnosis
 from narrows.explain import findings
 from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.prescribe import Prescription
+from narrows.report import ablation as ablations
 from narrows.report import budget as budgets
-from narrows.report import listings, serving, tables, training
+from narrows.report import failures, listings, serving, tables, training
 from narrows.report.tables import Cell, Column, Span, Table, clean
 from narrows.search.budget import Found
 from narrows.search.serve import ServePlan
 from narrows.search.train import TrainPlan
+from narrows.simulate.failures import Goodput
 from narrows.simulate.outcome import Outcome
 from narrows.technique import Reading
 from narrows.verify import Verification
@@ -74,6 +77,11 @@ def show_verification(v: Verification, console: "Console") -> None:
     for table in (tables.speed_table(v), tables.kept_table(v)):
         if table.rows:
             _draw(table, console)
+
+
+def show_ablation(found: Ablation, console: "Console") -> None:
+    """What each step of a plan does alone and together, and whether the gains multiply."""
+    _draw(ablations.ablation_table(found), console)
 
 
 def show_budget(found: Found, console: "Console") -> None:
@@ -136,12 +144,20 @@ def show_train_plan(p: TrainPlan, console: "Console") -> None:
     if p.best:
         _draw(training.choice_table("Fastest first", p.best), console)
         _draw(training.step_table(p.best[0]), console)
-        _draw(training.rank_table(p.best[0], p.job.capacity_bytes), console)
+        _draw(training.rank_table(p.best[0]), console)
     if p.pareto:
-        _draw(training.choice_table("Beaten by none in time, memory, devices, energy and price", p.pareto), console)
+        _draw(training.front_table(p), console)
     console.print()
     for line in (training.effort_sentence(p), *p.why_not):
         _say(line, console, "dim")
+
+
+def show_train_run(g: Goodput, where: str, held: str, console: "Console") -> None:
+    """A training run that fails and goes on: its goodput in a sentence, where the time goes, and its checkpoints."""
+    _say(failures.run_sentence(g, where), console, "bold")
+    _draw(failures.run_table(g), console)
+    for note in failures.notes(g, held):
+        _say(note, console, "dim")
 
 
 def show_serve_plan(p: ServePlan, console: "Console") -> None:

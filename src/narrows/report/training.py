@@ -1,7 +1,10 @@
 """Tables of a training plan: the best layouts, where the time of the best goes, what its memory holds, the Pareto front."""
 
+from math import inf
+
 from narrows.report.tables import Cell, Table, columns, percent
-from narrows.search.train import Choice, TrainPlan
+from narrows.search.priced import Choice
+from narrows.search.train import TrainPlan
 from narrows.units import format_bytes, format_seconds
 
 # What each entry of the ledger is, and the limit whose colour it has.
@@ -26,9 +29,10 @@ _CAUSES = {
 def plan_sentence(p: TrainPlan) -> str:
     """The answer, or that there is none."""
     job = p.job
-    where = f"{job.graph.name}, {job.batch} x {job.sequence} tokens on {job.devices} {job.cluster.machine.name}"
+    devices = [f"{many} {group.machine.name}" for group, many in job.parts]
+    where = f"{job.graph.name}, {job.batch} x {job.sequence} tokens on {' and '.join(devices)}"
     if not p.best:
-        return f"{where}: no layout fits {format_bytes(job.capacity_bytes)} a device."
+        return f"{where}: no layout fits {format_bytes(min(map(job.room, job.site.groups)))} a device."
     best = p.best[0]
     low, high = best.interval
     span = f"{format_seconds(low)} to {format_seconds(high)}"
@@ -69,6 +73,19 @@ def choice_table(title: str, found: tuple[Choice, ...]) -> Table:
     return Table(title, heads, rows)
 
 
+def front_table(p: TrainPlan) -> Table:
+    """The Pareto front in steps of a tenth of the memory, for the same devices; `--json` has all of it."""
+    shown: list[Choice] = []
+    least: dict[tuple[object, ...], float] = {}  # bytes of the last one shown on these devices
+    for one in p.pareto:
+        devices, held = (one.layout.devices, *sorted(one.layout.groups.split("+"))), float(one.memory.total)
+        if held <= 0.9 * least.get(devices, inf):
+            shown.append(one)
+            least[devices] = held
+    less = f": {len(shown)} of {len(p.pareto)}, each a tenth leaner than the one before" if len(shown) < len(p.pareto) else ""
+    return choice_table(f"Beaten by none in time, memory, devices, energy and price{less}", tuple(shown))
+
+
 def step_table(c: Choice) -> Table:
     """Where the time of a step goes; the rows add up to it."""
     rows = tuple(
@@ -85,12 +102,12 @@ def step_table(c: Choice) -> Table:
     return Table("Where the time of the fastest goes", columns("cause", "time:number", "share:number", "of it:bar"), rows, total)
 
 
-def rank_table(c: Choice, capacity_bytes: float) -> Table:
-    """What the device that holds most holds."""
+def rank_table(c: Choice) -> Table:
+    """What the fullest device holds."""
     rows = tuple(
-        (Cell(name), Cell(format_bytes(float(held)), float(held)), Cell(share=min(1.0, float(held) / capacity_bytes)))
+        (Cell(name), Cell(format_bytes(float(held)), float(held)), Cell(share=min(1.0, float(held) / c.room)))
         for name, held in c.memory.parts().items()
         if held > 0
     )
-    total = (Cell("in all"), Cell(format_bytes(float(c.memory.total))), Cell(percent(float(c.memory.total) / capacity_bytes)))
+    total = (Cell("in all"), Cell(format_bytes(float(c.memory.total))), Cell(percent(float(c.memory.total) / c.room)))
     return Table("Memory of its fullest device", columns("held", "bytes:number", "of the device:bar"), rows, total)

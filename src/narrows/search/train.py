@@ -14,63 +14,22 @@ from heapq import heappush, heappushpop
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from narrows import energy
 from narrows.backward import training
 from narrows.cost import cost
-from narrows.costmodel import generation, peak
-from narrows.errors import NarrowsError, closest
-from narrows.graph import Graph
+from narrows.costmodel import peak
+from narrows.errors import NarrowsError
 from narrows.kinds import COLLECTIVES
-from narrows.layout import CONTEXT, FRAMEWORKS, RECOMPUTE, Layout, divisors, nearest
+from narrows.layout import CONTEXT, RECOMPUTE, Layout, divisors, nearest
 from narrows.machine import Cluster
-from narrows.measured.table import Forecast
-from narrows.parallel import is_layer, tensor_parallel
-from narrows.simulate.memory import Memory, memory, peak_bytes, stages
-from narrows.simulate.training import Axes, Network, constants, ledger, network, wire
+from narrows.parallel import is_layer, layer_count, tensor_parallel
+from narrows.search.priced import Choice, Job, price
+from narrows.simulate.memory import memory, stages
+from narrows.simulate.network import Axes, Network, constants, wire
+from narrows.simulate.training import ledger
 from narrows.step import Step
-from narrows.units import format_bytes
-from narrows.validate import interval
-
-LEAST_TOKENS = 1024  # of a device in a context group: shorter shares are not tried
-MOST_SEQUENCES = 32  # of a microbatch: larger ones are not tried
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training step to lay out: `batch` sequences of `sequence` tokens on so many devices of a cluster.
-
-    capacity_bytes   what a device may hold (0: all of its memory);  framework   whose constants count (see FRAMEWORKS)
-    """
-
-    graph: Graph
-    cluster: Cluster
-    devices: int
-    batch: int
-    sequence: int
-    capacity_bytes: float = 0.0
-    framework: str = "megatron"
-
-    def __post_init__(self) -> None:
-        if self.framework not in FRAMEWORKS:
-            problem = f"{self.framework!r} has no constants."
-            raise NarrowsError(problem, where="framework", remedy=closest(self.framework, list(FRAMEWORKS)))
-        for name in ("devices", "batch", "sequence"):
-            if getattr(self, name) < 1:
-                raise NarrowsError(f"it is {getattr(self, name)}.", where=name, remedy="Give a whole number above 0.")
-        if any("source" in name for name in self.graph.fields):
-            raise NarrowsError(f"{self.graph.name} has an encoder beside its decoder.", where="model", remedy="Give one stack.")
-        each = self.cluster.devices_per_node
-        if self.devices > each and self.devices % each:
-            legal = range(each, self.devices + 2 * each, each)
-            problem = f"{self.devices} devices are no whole nodes of {each}."
-            raise NarrowsError(problem, where="devices", remedy=nearest("devices", self.devices, legal))
-        nodes = -(-self.devices // each)
-        if nodes > 1 and self.cluster.scale_out is None:
-            problem = f"{nodes} nodes are needed, and the cluster has no link between nodes."
-            raise NarrowsError(problem, where=f"{self.cluster.name}: scale_out", remedy="Give it a scale_out link.")
-        object.__setattr__(self, "cluster", replace(self.cluster, nodes=max(nodes, 1)))
-        object.__setattr__(self, "capacity_bytes", self.capacity_bytes or self.cluster.machine.memory.capacity_bytes)
+from narrows.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True)
@@ -86,24 +45,6 @@ class Space:
     recompute: tuple[str, ...] = RECOMPUTE
     schedule: tuple[str, ...] = ("1f1b",)
     offload: tuple[str, ...] = ("none",)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A layout with its step: seconds with an 80 % interval, the ledger that adds up to it, memory, and what it costs.
-
-    memory    of the rank that holds most;  joules, dollars   of a step, None where the machine's file does not say
-    """
-
-    layout: Layout
-    seconds: float
-    interval: tuple[float, float]
-    ledger: dict[str, float]
-    memory: Memory
-    tokens_per_second: float
-    mfu: float
-    joules: float | None
-    dollars: float | None
 
 
 @dataclass(frozen=True)
@@ -125,16 +66,23 @@ class _Found:
     keep: int
     fastest: list[tuple[float, float, str]] = field(default_factory=list)  # a heap, the slowest first
     leanest: tuple[float, str] = (np.inf, "")
-    front: dict[int, list[tuple[float, float, str]]] = field(default_factory=dict)
+    front: dict[tuple[int, float], list[tuple[float, float, str]]] = field(default_factory=dict)  # by devices and their price
     evaluated: int = 0
     large: int = 0
     bounded: int = 0
+    uneven: set[int] = field(default_factory=set)
+    tried: dict[frozenset[str], float] = field(default_factory=dict)  # groups in any order: the fastest when they were tried
     reasons: Counter[str] = field(default_factory=Counter)
 
     @property
     def limit(self) -> float:
         """Seconds that a layout must stay below to be kept."""
         return -self.fastest[0][0] if len(self.fastest) == self.keep else np.inf
+
+    @property
+    def least(self) -> float:
+        """Seconds of the fastest."""
+        return -max(self.fastest)[0] if self.fastest else np.inf
 
     def put(self, seconds: float, held: float, layout: str) -> None:
         push = heappush if len(self.fastest) < self.keep else heappushpop
@@ -148,77 +96,50 @@ def plan_train(job: Job, space: Space = Space(), keep: int = 5, pareto: bool = F
     """
     begun = time.perf_counter()
     found = _Found(keep)
-    _search(job, space, found, prune and not pareto, pareto)
-    if pareto:
-        for fewer in divisors(job.devices)[:-1]:
-            if fewer <= job.cluster.devices_per_node or fewer % job.cluster.devices_per_node == 0:
-                _search(replace(job, devices=fewer), space, other := _Found(keep), False, True)
-                found.evaluated += other.evaluated
-                found.front |= other.front
+    several = len(job.site.groups) > 1
+    for groups in job.site.choices(job.devices) if several else [""]:
+        _search(job.alone(groups), space, found, groups, prune and not pareto, pareto)
+    for fewer in divisors(job.devices)[:-1] if pareto and not several else []:
+        if fewer <= job.site.groups[0].devices_per_node or fewer % job.site.groups[0].devices_per_node == 0:
+            _search(replace(job, devices=fewer), space, other := _Found(keep), "", False, True)
+            found.evaluated += other.evaluated
+            found.front |= other.front
+    if not found.evaluated:
+        legal = sorted({data * (job.batch // data + more) for data in found.uneven for more in (0, 1)} - {0})
+        replicas = ", ".join(map(str, sorted(found.uneven)))
+        raise NarrowsError(
+            f"{job.batch} sequences cannot be split: layouts of {job.devices} devices have {replicas or 'no'} replicas.",
+            where="batch", remedy=nearest("batch", job.batch, legal),
+        )  # fmt: skip
     names = [name for _, _, name in sorted(found.fastest, key=lambda one: (-one[0], -one[1], one[2]))]
     best = tuple(price(job, Layout.parse(name)) for name in names)
-    front = tuple(price(replace(job, devices=n), Layout.parse(name)) for n, name in _beaten_by_none(found.front))
+    front = tuple(
+        price(job if several else replace(job, devices=n), Layout.parse(name)) for n, name in _beaten_by_none(found.front)
+    )
     return TrainPlan(job, found.evaluated, time.perf_counter() - begun, best, _why_not(job, found), front)
 
 
-def price(job: Job, layout: Layout) -> Choice:
-    """One layout's step on a job's cluster; raises NarrowsError, with the nearest legal choice, where it does not fit the job."""
-    layout.require(job.graph, devices=job.devices, batch=job.batch, sequence=job.sequence)
-    net, axes = network(job.graph, job.cluster, layout, job.sequence, framework=job.framework), Axes.of(layout)
-    spent = {cause: float(s) for cause, s in ledger(net, job.cluster, layout, axes, job.framework).items()}
-    seconds = sum(spent.values())
-    held = max((memory(net, layout, axes, stage, job.framework) for stage in stages(layout)), key=lambda one: float(one.total))
-    flop, moved = _work(job)
-    machine = job.cluster.machine
-    use = flop / (seconds * job.devices * machine.peak(net.dtype.name))
-    busy = moved / (seconds * job.devices * machine.memory.bandwidth_bytes_per_s)
-    again = 1 + spent["recompute"] / (spent["forward"] + spent["backward"])
-    draws = energy.power(machine)
-    key = f"training-{job.framework if job.framework in ('deepspeed', 'fsdp') else 'cluster'}-{generation(machine.name)}"
-    return Choice(
-        layout,
-        seconds,
-        interval(Forecast("plan", np.nan, seconds, key, 0.0, machine.name)),
-        spent,
-        held,
-        job.batch * job.sequence / seconds,
-        use,
-        job.devices * seconds * draws.watts(min(1.0, use * again), min(1.0, busy * again)) if draws else None,
-        job.devices * seconds / 3600 * machine.price_per_hour if machine.price_per_hour else None,
-    )
-
-
-def _work(job: Job) -> tuple[float, float]:
-    """FLOP and bytes of memory of the whole step, without anything redone."""
-    step = Step.train(1, job.sequence)
-    ops = [(op, cost(op, step)) for op in training(job.graph) if op.phase != "update"]
-    flop = sum(float(work.flop) for op, work in ops if op.spec.matmul)
-    return job.batch * flop, job.batch * sum(float(work.read_bytes + work.write_bytes) for _, work in ops)
-
-
-def _search(job: Job, space: Space, found: _Found, prune: bool, pareto: bool) -> None:
-    if not any(job.batch % data == 0 for data in divisors(job.devices)):
-        raise NarrowsError(f"{job.batch} sequences cannot be split.", where="batch", remedy="Give another batch.")
-    legal = list(_families(job, space, found.reasons))
+def _search(job: Job, space: Space, found: _Found, groups: str, prune: bool, pareto: bool) -> None:
+    """Look at all layouts on all devices of a job, whose groups are named so in its site."""
+    legal, these = list(_families(job, space, found.reasons)), frozenset(groups.split("+"))
     bounds = _least_seconds(job, legal)
     for least, _, family in sorted(zip(bounds, range(len(legal)), legal, strict=True)):
         if prune and least > found.limit:
             found.bounded += 1
             continue
-        sizes = [size for size in divisors(job.batch) if size <= MOST_SEQUENCES]
-        net = network(job.graph, job.cluster, family, job.sequence, sizes, job.framework)
-        for layout in _staged(job, space, net, family):
-            _price_all(job, space, net, layout, sizes, found, prune, pareto)
+        for layout in _staged(job, space, replace(family, groups=groups), found.uneven):
+            if layout.pipeline > 1 or these not in found.tried:  # one stage lies on all groups, in any order
+                _price_all(job, space, job.network(layout), layout, found, prune, pareto)
+    found.tried[these] = found.least
 
 
 def _families(job: Job, space: Space, reasons: Counter[str]) -> Iterator[Layout]:
     """Every legal cut of a layer; what a graph forbids is counted with its reason."""
-    contexts = [c for c in divisors(job.devices) if c == 1 or (job.sequence % (2 * c) == 0 and job.sequence // c >= LEAST_TOKENS)]
     rings = bool(job.graph.find("attention"))  # latents and states are gathered, whichever is asked for
     experts = {int(op["experts"]) for op in job.graph.find("expert") if op.split == "experts"}  # type: ignore[arg-type]
     together = [e for e in divisors(job.devices) if all(many % e == 0 for many in experts)] if experts else [1]
     for tensor in divisors(job.devices):
-        for context in contexts:
+        for context in job.contexts:
             for by in space.context_by if context > 1 and rings else space.context_by[:1]:
                 for expert in together:
                     for sequence in space.sequence if tensor > 1 else (False,):
@@ -234,57 +155,134 @@ def _families(job: Job, space: Space, reasons: Counter[str]) -> Iterator[Layout]
                         yield layout
 
 
-def _staged(job: Job, space: Space, net: Network, family: Layout) -> Iterator[Layout]:
-    """The family with every legal number of stages and replicas, schedule and offload."""
-    left = job.devices // (family.tensor * family.context)
+def _staged(job: Job, space: Space, family: Layout, uneven: set[int]) -> Iterator[Layout]:
+    """The family with every legal number of stages and replicas, schedule and offload.
+
+    `uneven` receives the numbers of replicas that the batch does not divide over.
+    """
+    left, deep = job.devices // (family.tensor * family.context), layer_count(job.graph) or 1
+    several = len(job.site.groups) > 1  # whose stages may have any layers, as long as those of a group have equally many
     for pipeline in divisors(left):
         data = left // pipeline
-        if data % family.expert or job.batch % data:
+        if data % family.expert:
             continue
-        balances = [b for b, units in (("none", net.layers), ("layers", net.layers + 2)) if units % pipeline == 0]
-        for balance in balances if pipeline > 1 else ["none"]:
+        units = {"none": deep, "layers": deep + 2}
+        balances = ["none"] if pipeline == 1 or several else [name for name, n in units.items() if n % pipeline == 0]
+        if job.batch % data and not (several and pipeline == 1):
+            uneven |= {data} if balances else set()
+            continue
+        for balance in balances:
             for schedule in space.schedule if pipeline > 1 else ("1f1b",):
                 for offload in space.offload:
                     yield replace(family, pipeline=pipeline, data=data, balance=balance, schedule=schedule, offload=offload)
 
 
-def _price_all(
-    job: Job, space: Space, net: Network, layout: Layout, sizes: list[int], found: _Found, prune: bool, pareto: bool
-) -> None:
-    """Price every size of microbatch, number of chunks, ZeRO stage and recomputation of a layout with its stages."""
-    each = job.batch // layout.data
-    legal = [i for i, size in enumerate(sizes) if each % size == 0]
-    layer, sustained = net.layer, constants(job.framework)["sustained"]
-    busy = (layer.forward + layer.backward + sum(layer.wire.values())) * sustained * net.layers / layout.pipeline
-    if prune and float(min((busy[i] / sizes[i] for i in legal), default=np.inf)) * each > found.limit:
-        found.bounded += 1
-        return
-    units = (net.layers + 2 * (layout.balance == "layers")) // layout.pipeline
-    chunks = divisors(units) if layout.pipeline > 1 and layout.schedule == "1f1b" else [1]
+def _shared(total: int, counts: list[int], seconds: list[float], limit: float) -> NDArray[np.float64]:
+    """Every way to share out a whole among kinds of takers, row by row: what each taker of a kind gets, at least 1.
+
+    `counts` takers of each kind, that need so many `seconds` for each unit; none takes longer than the limit. One kind alone
+    takes all of it, in equal parts that need not be whole.
+    """
+    *others, (last, each) = zip(counts, seconds, strict=True)
+    if not others:
+        return np.full((int(total / last * each <= limit), 1), total / last)
+    rows, left, after = np.zeros((1, 0)), np.array([float(total)]), sum(counts)
+    for many, one in others:
+        after -= many
+        few = np.arange(1, total // many + 1)
+        row, chosen = np.nonzero((left[:, None] - few * many >= after) & (few * one <= limit))
+        rows, left = np.column_stack([rows[row], few[chosen]]), left[row] - few[chosen] * many
+    able = (left / last * each <= limit) & (left % last == 0)
+    found: NDArray[np.float64] = np.column_stack([rows, left / last])[able]
+    return found
+
+
+def _ways(job: Job, net: Network, layout: Layout, limit: float) -> tuple[NDArray[np.int64], NDArray[np.float64], bool]:
+    """Places in the sizes of a microbatch, each with a way to share out the work, that may stay below a limit.
+
+    What is shared out are layers among runs of equal stages, or (True) among the groups that one stage lies on microbatches.
+    """
+    inner, sustained = layout.tensor * layout.context, constants(job.framework)["sustained"]
+    runs: dict[tuple[int, ...], list[Any]] = {}  # the least seconds of a layer and a microbatch of each size, place by place
+    for place in net.places:
+        layer = place.layer
+        shown = layer.forward + layer.backward + sum(layer.wire.values()) - layer.hidden.sum(0)
+        runs.setdefault(place.stages, []).append(shown * sustained)
+    whole = all(place.cluster.devices % (inner * layout.expert) == 0 for place in net.places)
+    several = layout.pipeline == 1 and len(net.places) > 1 and whole
+    at, rows = list[int](), list[NDArray[np.float64]]()
+    for i, size in enumerate(net.sizes):
+        if several:
+            takes = [float(seconds[i]) * net.layers for seconds in runs[(0,)]]
+            found = _shared(job.batch // size, [place.cluster.devices // inner for place in net.places], takes, limit)
+        elif job.batch % (layout.data * size) == 0:
+            takes = [float(max(seconds[i] for seconds in some)) * (job.batch // layout.data // size) for some in runs.values()]
+            found = _shared(net.layers, [len(stages) for stages in runs], takes, limit)
+        else:
+            continue
+        at += [i] * len(found)
+        rows.append(found)
+    return np.array(at, dtype=np.int64), np.concatenate(rows) if rows else np.zeros((0, len(runs))), several
+
+
+def _axes(job: Job, space: Space, net: Network, layout: Layout, limit: float) -> Axes | None:
+    """Every size of microbatch, number of chunks, ZeRO stage, recomputation, and way to share out layers or the batch.
+
+    None where all of them take longer than the limit.
+    """
+    sizes, way, uneven = _ways(job, net, layout, limit)
+    if not len(way):
+        return None
+    many = way.max(1) if uneven else job.batch // layout.data // np.array(net.sizes)[sizes]
+    units = np.rint(way + 2 * (layout.balance == "layers") / layout.pipeline)
+    chunks = np.arange(1, units.max() + 1) if layout.pipeline > 1 and layout.schedule == "1f1b" else np.ones(1)
+    whole = (units[:, :, None] % chunks == 0).all(1)
+    chunks, whole = chunks[whole.any(0)], whole[:, whole.any(0)]
     shards = [s for s in space.shard if s == 0 or layout.data * layout.context > 1]
     redos = [RECOMPUTE.index(r) for r in space.recompute]
-    if np.allclose(layer.saved[1], layer.saved[0]):  # fused attention keeps nothing that is worth doing again
+    if np.allclose(net.layer.saved[1], net.layer.saved[0]):  # fused attention keeps nothing that is worth doing again
         redos = [redo for redo in redos if redo != RECOMPUTE.index("selective")]
-    size, chunk, shard, redo = (a.ravel() for a in np.meshgrid(legal, chunks, shards, redos, indexing="ij"))
-    many = each // np.array(sizes)[size]
-    able = (chunk == 1) | (many % layout.pipeline == 0)
-    axes = Axes(size[able], many[able], chunk[able], shard[able], redo[able])
-    found.evaluated += int(able.sum())
+    row, chunk, shard, redo = (
+        a.ravel() for a in np.meshgrid(np.arange(len(way)), np.arange(len(chunks)), shards, redos, indexing="ij")
+    )
+    able = whole[row, chunk] & ((chunk == 0) | (many[row] % layout.pipeline == 0))
+    if uneven:  # exchanges of every microbatch need all replicas
+        able &= (shard <= 1) | (way.min(1) == way.max(1))[row]
+    row, runs = row[able], list(dict.fromkeys(place.stages for place in net.places))
+    layers = tuple(way[row, runs.index(place.stages)] for place in net.places) if len(runs) > 1 else ()
+    rounds = tuple(way[row].T) if uneven else ()
+    return Axes(sizes[row], many[row], chunks[chunk[able]], shard[able], redo[able], layers, rounds)
+
+
+def _price_all(job: Job, space: Space, net: Network, layout: Layout, found: _Found, prune: bool, pareto: bool) -> None:
+    """Price all that a layout with its stages leaves open."""
+    limit = found.limit if prune else np.inf
+    axes = _axes(job, space, net, layout, limit)
+    if axes is None:
+        found.bounded += limit < np.inf
+        return
+    found.evaluated += len(axes.size)
 
     def named(at: int, one: Axes) -> str:
+        deep = {stage: int(few[at]) for place, few in zip(net.places, one.layers, strict=False) for stage in place.stages}
+        rounds, inner = [int(many[at]) for many in one.rounds], layout.tensor * layout.context
+        shares = [f"{place.cluster.devices // inner}x{many}" for place, many in zip(net.places, rounds, strict=False)]
         return str(
             replace(
                 layout,
                 chunks=int(one.chunks[at]),
                 shard=int(one.shard[at]),
-                microbatch=sizes[one.size[at]],
+                microbatch=job.sizes[one.size[at]],
                 accumulate=int(one.accumulate[at]),
                 recompute=RECOMPUTE[one.redo[at]],
+                layers="+".join(str(deep[stage]) for stage in sorted(deep)) if len(set(deep.values())) > 1 else "",
+                shares="+".join(shares) if len(set(rounds)) > 1 else "",
             )
         )
 
-    held = peak_bytes(net, layout, axes, job.framework)
-    fits = held <= job.capacity_bytes
+    ranks = [(memory(net, layout, axes, stage, job.framework).total, job.room_of(net, stage)) for stage in stages(layout, net)]
+    fits = np.logical_and.reduce([held <= room for held, room in ranks])
+    held = np.maximum.reduce([held for held, _ in ranks])
     found.large += int((~fits).sum())
     if not fits.all() and held[~fits].min() < found.leanest[0]:
         lean = int(np.where(fits, np.inf, held).argmin())
@@ -292,12 +290,12 @@ def _price_all(
     if not fits.any():
         return
     axes, held = axes.at(fits), held[fits]
-    seconds = sum(ledger(net, job.cluster, layout, axes, job.framework).values())
+    seconds = sum(ledger(net, layout, axes, job.framework).values())
     for at in np.argsort(seconds, kind="stable")[: found.keep]:
         if seconds[at] < found.limit:
             found.put(float(seconds[at]), float(held[at]), named(at, axes))
     if pareto:
-        front = found.front.setdefault(job.devices, [])
+        front = found.front.setdefault((job.devices, job.price_per_hour), [])
         least = np.inf
         for at in np.lexsort((held, seconds)):
             if held[at] < least:
@@ -307,38 +305,50 @@ def _price_all(
 
 def _least_seconds(job: Job, families: list[Layout]) -> list[float]:
     """Seconds that no layout of a family is faster than: its layers' arithmetic, and its tensor collectives, at the peaks."""
-    machine, step, c = job.cluster.machine, Step.train(1, job.sequence), constants(job.framework)
+    step, c = Step.train(1, job.sequence), constants(job.framework)
     ops = [op for op in training(job.graph) if op.spec.matmul and is_layer(op)]
-    flop = sum(float(cost(op, step).flop) / peak(op, machine) for op in ops)
-    sent = {(1, False): 0.0}
-    for tensor, sequence in {(family.tensor, family.sequence) for family in families} - set(sent):
-        link = (on := wire(job.cluster, 1, tensor, c["network"])).link or on.host_link
+    work = [(op, float(cost(op, step).flop)) for op in ops]
+
+    def rate(group: Cluster, tensor: int, sent: float) -> float:
+        """Sequences a second that a device does at most."""
+        link = (on := wire(group, 1, tensor, c["network"])).link or on.host_link
+        flop = sum(flop / peak(op, group.machine) for op, flop in work)
+        return 1 / (flop + (sent / link.bandwidth_bytes_per_s if link else 0.0))
+
+    rates = {}
+    for tensor, sequence in {(family.tensor, family.sequence) for family in families}:
         cut = tensor_parallel(job.graph, tensor, sequence)
         moved = sum(float(cost(op, step).link_bytes) for op in cut if op.kind in COLLECTIVES and is_layer(op))
-        sent[tensor, sequence] = 2 * moved * tensor / link.bandwidth_bytes_per_s if link else 0.0
-    return [c["sustained"] * job.batch * (flop + sent[one.tensor, one.sequence]) / job.devices for one in families]
+        rates[tensor, sequence] = sum(many * rate(group, tensor, 2 * moved * tensor) for group, many in job.parts)
+    return [c["sustained"] * job.batch / rates[one.tensor, one.sequence] for one in families]
 
 
-def _beaten_by_none(fronts: dict[int, list[tuple[float, float, str]]]) -> list[tuple[int, str]]:
-    """Devices and layout of those that no other beats in time, memory and devices; energy and price follow these."""
-    found: list[tuple[int, float, float, str]] = []
-    for devices, front in sorted(fronts.items()):
+def _beaten_by_none(fronts: dict[tuple[int, float], list[tuple[float, float, str]]]) -> list[tuple[int, str]]:
+    """Devices and layout of those that no other beats in time, memory, devices and their price; energy follows these."""
+    found: list[tuple[tuple[float, ...], str]] = []
+    for (devices, dollars), front in sorted(fronts.items()):
         for seconds, held, name in sorted(front):
-            if not any(n <= devices and s <= seconds and h <= held for n, s, h, _ in found):
-                found.append((devices, seconds, held, name))
-    return [(devices, name) for devices, _, _, name in found]
+            own = (devices, dollars, seconds, held)
+            if not any(all(a <= b for a, b in zip(other, own, strict=True)) for other, _ in found):
+                found.append((own, name))
+    return [(int(own[0]), name) for own, name in found]
 
 
 def _why_not(job: Job, found: _Found) -> tuple[str, ...]:
     lines = []
     if found.large:
         held, name = found.leanest
+        rooms = sorted({job.room(group) for group in job.site.groups})
         lines.append(
-            f"{found.large} layouts need more than {format_bytes(job.capacity_bytes)} a device; "
+            f"{found.large} layouts need more than {' or '.join(map(format_bytes, rooms))} a device; "
             f"the leanest of them {format_bytes(held)}: {name}"
         )
     if found.bounded:
         lines.append(f"{found.bounded} groups of layouts cannot be faster than those that were found, whatever their details")
+    without = [(groups, seconds) for groups, seconds in found.tried.items() if found.least < seconds < np.inf]
+    lines += [
+        f"on {' and '.join(sorted(groups))} alone a step takes {format_seconds(seconds)} at least" for groups, seconds in without
+    ]
     return (*lines, *(f"{reason} ({count} cuts)" for reason, count in found.reasons.most_common(8)))
 
 
@@ -354,6 +364,7 @@ def as_json(plan: TrainPlan) -> dict[str, Any]:
             "tokens_per_second": choice.tokens_per_second,
             "mfu": choice.mfu,
             "memory_bytes": float(choice.memory.total),
+            "room_bytes": choice.room,
             "memory": {name: float(value) for name, value in choice.memory.parts().items()},
             "ledger": choice.ledger,
             "joules": choice.joules,
@@ -367,7 +378,7 @@ def as_json(plan: TrainPlan) -> dict[str, Any]:
         "devices": job.devices,
         "global_batch": job.batch,
         "sequence": job.sequence,
-        "capacity_bytes": job.capacity_bytes,
+        "capacity_bytes": min(job.room(group) for group in job.site.groups),
         "framework": job.framework,
         "evaluated": plan.evaluated,
         "seconds": plan.seconds,

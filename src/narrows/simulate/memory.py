@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 
 from narrows.costmodel import fitted
-from narrows.layout import RECOMPUTE, SCHEDULES, Layout
-from narrows.simulate.training import Axes, Network, Part
+from narrows.layout import SCHEDULES, Layout
+from narrows.simulate.network import FULL, NONE, Axes, Network, Part
 
-NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 BUCKET = 5e8  # parameters that ZeRO exchanges at once: DeepSpeed's default for reduce_bucket_size and allgather_bucket_size
 
 
@@ -61,15 +60,17 @@ def constants(framework: str = "") -> dict[str, float]:
     return {name: entry["median"] for table in tables for name, entry in table.items()}
 
 
-def stages(layout: Layout) -> list[int]:
-    """The stages of which one holds the most: those with an end of the network, and the second."""
-    return sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
+def stages(layout: Layout, net: Network | None = None) -> list[int]:
+    """The stages of which one holds the most: those with an end of the network, the second, and the first of every place."""
+    firsts = {place.stages[0] for place in net.places} if net else set()
+    return sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1} | firsts)
 
 
-def layers_of(net: Network, layout: Layout, stage: int) -> float:
+def layers_of(net: Network, layout: Layout, stage: int, axes: Axes | None = None) -> Any:
     """Layers of a stage; where the ends count as a layer each, theirs have one less."""
     if layout.balance != "layers" or layout.pipeline == 1:
-        return net.layers / layout.pipeline
+        deep = axes.deep(net) if axes else [place.layers for place in net.places]
+        return next(layers for place, layers in zip(net.places, deep, strict=True) if stage in place.stages)
     ends = (stage == 0) + (stage == layout.pipeline - 1)
     return float(max(np.ceil((net.layers + 2) / layout.pipeline) - ends, 1))
 
@@ -77,7 +78,7 @@ def layers_of(net: Network, layout: Layout, stage: int) -> float:
 def memory(net: Network, layout: Layout, axes: Axes, stage: int, framework: str = "") -> Memory:
     """The peak of one pipeline stage's devices."""
     c, p, width = constants(framework), layout.pipeline, net.dtype.bits / 8
-    deep, last, many = layers_of(net, layout, stage), stage == p - 1, axes.accumulate
+    deep, last, many = layers_of(net, layout, stage, axes), stage == p - 1, axes.accumulate
     ends, spread = (net.first.owned * (stage == 0) + (net.last.owned + net.last.tied * (p > 1)) * last), 1
     if layout.balance == "vocabulary":
         ends, spread = net.first.owned + net.last.owned + net.last.tied, p
@@ -91,7 +92,7 @@ def memory(net: Network, layout: Layout, axes: Axes, stage: int, framework: str 
     def kept(part: Part, redo: Any) -> Any:
         return part.saved[redo, axes.size]
 
-    redone = min(1.0, layout.recompute_layers / deep) if layout.recompute_layers else 1.0
+    redone = np.minimum(1.0, layout.recompute_layers / deep) if layout.recompute_layers else 1.0
     layer = redone * kept(net.layer, axes.redo) + (1 - redone) * kept(net.layer, NONE)
     flight = np.minimum(SCHEDULES[layout.schedule].held(p, axes.chunks, many, stage), many) if p > 1 else 1.0
     outer = kept(net.last, NONE) / spread * (flight if spread > 1 or layout.schedule == "gpipe" else 1.0) * (last or spread > 1)
@@ -108,7 +109,7 @@ def memory(net: Network, layout: Layout, axes: Axes, stage: int, framework: str 
         "optimizer": 0.0 * many if layout.offload in ("optimizer", "both") else held(c["states"] - 4 * (width >= 4), 1),
         "activations": activations,
         "working": busy,
-        "buffers": gathered + 2 * width * min(BUCKET, dense) * ((np.asarray(axes.shard) % 3 > 0) & (replicas > 1)),
+        "buffers": gathered + 2 * width * np.minimum(BUCKET, dense) * ((np.asarray(axes.shard) % 3 > 0) & (replicas > 1)),
     }
     whole = sum(tensors.values())
     runtime, cached = c["runtime"] + 0.0 * many, c.get("cached", 0.0) * whole
@@ -118,6 +119,6 @@ def memory(net: Network, layout: Layout, axes: Axes, stage: int, framework: str 
 def peak_bytes(net: Network, layout: Layout, axes: Axes, framework: str = "") -> Any:
     """Bytes of the rank that holds most."""
     most: Any = 0.0
-    for stage in stages(layout):
+    for stage in stages(layout, net):
         most = np.maximum(most, memory(net, layout, axes, stage, framework).total)
     return most

@@ -16,9 +16,10 @@ from narrows.host import Host
 from narrows.layout import Layout
 from narrows.machine import Cluster, Link, Machine
 from narrows.simulate.memory import memory
+from narrows.simulate.network import Axes, constants, network, wire
 from narrows.simulate.schedule import Need, Task, play
 from narrows.simulate.timeline import Timeline
-from narrows.simulate.training import Axes, constants, network, spent, wire
+from narrows.simulate.training import spent
 from narrows.step import Step
 
 WEIGHT_BYTES, STATE_BYTES, GRADIENT_BYTES = 2, 12, 4  # of a parameter: 16 bits; fp32 copy and two moments; fp32

@@ -21,11 +21,12 @@ from narrows.kinds import COLLECTIVES
 from narrows.layout import Layout
 from narrows.machine import Cluster, Machine
 from narrows.parallel import is_layer, layer_count, tensor_parallel
+from narrows.simulate.network import constants, wire
 from narrows.simulate.orders import gpipe, interleaved
 from narrows.simulate.pipeline import Pass, Work
 from narrows.simulate.schedule import Need, Task, play
 from narrows.simulate.timeline import Timeline
-from narrows.simulate.training import STATES, constants, wire
+from narrows.simulate.training import STATES
 from narrows.step import Step
 
 Key = tuple[str, str]  # an operator ("linear", "linear backward") and its sizes, in the order of its kind: "2048x1024x4096x1x1"

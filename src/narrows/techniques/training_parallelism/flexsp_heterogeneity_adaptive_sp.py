@@ -32,7 +32,8 @@ from narrows.layout import Layout, divisors
 from narrows.machine import Cluster, Machine, cluster
 from narrows.simulate.memory import constants as memory_constants
 from narrows.simulate.memory import memory
-from narrows.simulate.training import Axes, constants, hidden_behind, ledger, network
+from narrows.simulate.network import Axes, constants, network
+from narrows.simulate.training import hidden_behind, ledger
 from narrows.step import Step
 from narrows.technique import Card, Claim, Measures, Reading, choice
 
@@ -221,12 +222,12 @@ def _rates(graph: Graph, group: Cluster, devices: int) -> Rates:
         found = []
         for length in (_TOKENS * size, 4 * _TOKENS * size):
             own = network(graph, group, layout, length, framework="fsdp")
-            spent = ledger(own, group, layout, Axes.of(layout), "fsdp")
+            spent = ledger(own, layout, Axes.of(layout), "fsdp")
             busy = sum(float(spent[cause]) for cause in ("forward", "backward", "recompute", "context", "ends"))
             found.append((length, busy))
         (a, s), (b, t) = found
         square = max((t / b - s / a) / (b - a), 0.0)
         coefficients.append((s / a - square * a, square))
-    alone = ledger(net, group, replace(plain, overlap=False), axes, "fsdp")
+    alone = ledger(net, replace(plain, overlap=False), axes, "fsdp")
     linear, squares = np.array(coefficients).T
     return Rates(sizes, linear, squares, max(held, 1.0), float(alone["gradients"]), constants("fsdp")["exposed"])

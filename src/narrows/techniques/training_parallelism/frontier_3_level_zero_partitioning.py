@@ -29,7 +29,8 @@ from narrows.graph import DType, Graph, Op
 from narrows.layout import Layout
 from narrows.machine import Cluster, Link, Machine, cluster
 from narrows.simulate.memory import memory
-from narrows.simulate.training import Axes, constants, hidden_behind, ledger, network, owned, wire
+from narrows.simulate.network import Axes, constants, network, wire
+from narrows.simulate.training import hidden_behind, ledger, owned
 from narrows.step import Step
 from narrows.technique import Card, Claim, Measures, Reading, choice
 
@@ -116,7 +117,7 @@ class ThreeLevel(Measures):
         group = replace(group, nodes=max(1, -(-self.devices // group.devices_per_node)))
         plain = Layout(data=self.devices, shard=3, microbatch=batch, accumulate=accumulate, recompute="full")
         net, axes = network(graph, group, plain, sequence, framework="deepspeed"), Axes.of(plain)
-        spent = {cause: float(s) for cause, s in ledger(net, group, plain, axes, "deepspeed").items()}
+        spent = {cause: float(s) for cause, s in ledger(net, plain, axes, "deepspeed").items()}
         update = spent.pop("optimizer")
         busy = sum(spent.values()) - spent["gradients"]
         parameters = sum(owned(net, plain))

@@ -31,7 +31,7 @@ from narrows.step import Step
 from narrows.technique import Card, Claim, Measures, Reading, choice
 
 if TYPE_CHECKING:
-    from narrows.search.train import Choice, Job
+    from narrows.search.priced import Choice, Job
 
 _PEAK = "of a MI250X die's peak; within 5 points, as no row of Frontier was fitted"
 
@@ -67,7 +67,8 @@ class TrillionOnFrontier(Measures):
 
     def recipe(self, job: "Job") -> "Choice":
         """The fastest layout of the recipe's kind that fits; NarrowsError where there is none."""
-        from narrows.search.train import Space, plan_train, price
+        from narrows.search.priced import price
+        from narrows.search.train import Space, plan_train
 
         if self.sharded:
             fewest = max(1, job.batch // job.devices)
@@ -83,7 +84,7 @@ class TrillionOnFrontier(Measures):
 
     def laid_out(self, job: "Job", tensor: int, pipeline: int) -> "Choice":
         """A recipe with these sizes, one sequence a microbatch."""
-        from narrows.search.train import price
+        from narrows.search.priced import price
 
         if self.sharded:
             return self.recipe(job)
@@ -93,7 +94,7 @@ class TrillionOnFrontier(Measures):
 
     def knobs(self, job: "Job", chosen: "Choice") -> Iterator[Mapping[str, Any]]:
         """A row for each knob turned by itself: percent of the recipe's speed, and bytes; or why it cannot be."""
-        from narrows.search.train import price
+        from narrows.search.priced import price
 
         one = chosen.layout
         turned = {
@@ -114,7 +115,7 @@ class TrillionOnFrontier(Measures):
                 yield {"knob": knob, "speed": "", "bytes": "", "note": f"{refusal.where}: {refusal.problem}"}
                 continue
             held = float(other.memory.total)
-            note = "" if held <= job.capacity_bytes else "does not fit"
+            note = "" if held <= other.room else "does not fit"
             yield {"knob": knob, "speed": 100 * chosen.seconds / other.seconds, "bytes": held, "note": note}
 
     def measure(self, graph: Graph, machine: Machine, step: Step) -> Reading:
@@ -122,7 +123,7 @@ class TrillionOnFrontier(Measures):
 
         Raises NarrowsError where no link joins the machine's devices, or nothing fits.
         """
-        from narrows.search.train import Job
+        from narrows.search.priced import Job
 
         group = cluster(self.wiring)
         if machine.name != group.machine.name:
