@@ -15,8 +15,11 @@ from narrows.machine import Link, machine
 from narrows.simulate.asked import saturation, timeline, what_if
 from narrows.simulate.fleet import Group, engines, in_turn, rules, serve
 from narrows.simulate.outcome import Outcome
-from narrows.simulate.serving import PARTS, Answer, Engine, Request, Rules
-from narrows.simulate.step_times import PS
+from narrows.simulate.requests import PARTS, Answer, Request
+from narrows.simulate.rules import Rules
+from narrows.simulate.scaling import Scaling, start_seconds
+from narrows.simulate.serving import Engine
+from narrows.simulate.step_times import PS, Overlap, Shelf
 from narrows.simulate.workload import Lengths, generate
 
 GRAPH, L4 = capture("smollm2-135m"), machine("l4")
@@ -186,3 +189,121 @@ def test_a_timeline_has_every_second_of_every_request_in_a_lane_of_its_own() -> 
     for lane in found.lanes.values():
         assert all(found.spans[a].end <= found.spans[b].start + 1e-9 for a, b in pairwise(lane))
     assert len(found.trace()["traceEvents"]) > len(found.spans)
+
+
+# ---- keys and values off the device ----
+
+
+def test_keys_and_values_in_drives_take_their_bytes_at_the_rate_of_the_drives() -> None:
+    near = replace(ALONE, blocks=0)
+    each = near.token_bytes()
+    seconds = []
+    for rate, read in ((1e9, 1.0), (2e9, 1.0), (2e9, 0.5)):
+        group = replace(near, shelf=Shelf(1e12, rate, read))
+        assert group.room() == int(1e12 / (each * 16)) > near.room()
+        seconds.append(served([Request(0, 1000, 201)], group)[0].tpot.mean)
+    read = sum(1000 + i for i in range(1, 201)) / 200 * each / 1e9  # seconds of a token's keys and values at 1 GB/s
+    assert seconds[0] - seconds[1] == pytest.approx(read / 2, rel=0.01)
+    assert seconds[1] - seconds[2] == pytest.approx(read / 4, rel=0.01)
+    with pytest.raises(NarrowsError, match="Give one of them"):
+        replace(near, shelf=Shelf(1e12, 1e9), overlap=Overlap())
+
+
+# ---- a cap on power ----
+
+
+def test_a_cap_lengthens_what_arithmetic_bounds_and_says_so() -> None:
+    group = Group(capture("llama-3.2-1b"), machine("a100-80gb"), rules("vllm-v1"))
+    requests = list(generate(30.0, 200, Lengths(1000, 40, 1, 1), seed=2))
+    free = served(requests, group)[0]
+    assert served(requests, replace(group, cap_watts=1000.0))[0].as_json() == free.as_json()
+    before, capped = free.e2e.mean, []
+    for watts in (300.0, 250.0, 200.0):
+        outcome = served(requests, replace(group, cap_watts=watts))[0]
+        assert outcome.e2e.mean > before
+        before = outcome.e2e.mean
+        capped.append(outcome.ledger()["power_cap"])
+    assert 0 < capped[0] < capped[1] < capped[2] < before - free.e2e.mean
+    alone = [served([Request(0, 10, 100)], replace(group, cap_watts=watts))[0].tpot.mean for watts in (0.0, 200.0)]
+    assert alone[1] == pytest.approx(alone[0], rel=1e-3)  # one sequence waits for memory alone
+
+
+def test_a_cap_that_cannot_be_held_is_refused() -> None:
+    group = Group(GRAPH, L4, SMALL, blocks=100, cap_watts=20.0)
+    with pytest.raises(NarrowsError, match="of its clock it draws up to"):
+        group.times()
+    with pytest.raises(NarrowsError, match="power is not known"):
+        replace(group, machine=replace(L4, power_watts=None, sources={})).times()
+    with pytest.raises(NarrowsError, match="Give one of them"):
+        replace(group, overlap=Overlap())
+
+
+# ---- replicas that come and go ----
+
+
+def rising(count: int = 60) -> list[Request]:
+    """A quiet start, a burst, a quiet end."""
+    gaps = [0.5] * 5 + [0.005] * count + [2.0] * 10
+    return [Request(round(sum(gaps[: i + 1]) * PS), 200, 60) for i in range(len(gaps))]
+
+
+def test_replicas_that_are_all_always_there_are_as_without_scaling() -> None:
+    group = Group(GRAPH, L4, SMALL, replicas=3, blocks=60)
+    requests = list(generate(60.0, 400, Lengths(200, 40, 1, 1), 7))
+    plain, same = served(requests, group), served(requests, replace(group, scaling=Scaling(3)))
+    assert plain[1] == same[1]
+    assert same[0].starts == 0 and same[0].replica_seconds == pytest.approx(plain[0].replica_seconds, rel=0.01)
+
+
+@settings(max_examples=60, deadline=None)
+@given(loads(), st.integers(0, 2), st.sampled_from([1.0, 3.0]), st.sampled_from([0.0, 0.05, 2.0]), st.sampled_from([0.0, 0.1]))
+def test_replicas_that_come_and_go_lose_nothing(
+    requests: list[Request], least: int, load: float, start: float, idle: float
+) -> None:
+    group = Group(GRAPH, L4, SMALL, replicas=4, blocks=60, scaling=Scaling(least, load, start, idle))
+    outcome, answers = served(requests, group)
+    assert len(answers) == len(requests)
+    for a in answers:
+        parts = [getattr(a, part) for part in PARTS]
+        assert sum(parts) == a.last - a.request.arrival and min(parts) >= 0
+        assert a.cold_start <= start * PS
+    busy = sum(s for part, s in outcome.ledger().items() if part not in ("queue", "cold_start")) * len(answers)
+    most = (max(a.last for a in answers) - min(r.arrival for r in requests)) / PS + start
+    assert busy / SMALL.max_sequences <= outcome.replica_seconds * (1 + 1e-9)
+    assert outcome.replica_seconds <= 4 * (most + requests[0].arrival / PS) * (1 + 1e-9)
+
+
+def test_a_burst_starts_replicas_that_go_again_and_what_waits_for_the_first_says_so() -> None:
+    group = Group(GRAPH, L4, SMALL, replicas=4, blocks=200)
+    elastic = replace(group, scaling=Scaling(0, load=8, start_seconds=1.0, idle_seconds=1.0))
+    outcome, answers = served(rising(), elastic)
+    assert outcome.starts >= 2 and outcome.replica_seconds < 0.8 * served(rising(), group)[0].replica_seconds
+    first = min(answers, key=lambda a: a.request.arrival)
+    assert first.cold_start == PS and first.admitted == first.request.arrival + PS  # one starts for it and takes a second
+    assert max(a.cold_start for a in answers if a.request.arrival > 4 * PS) == 0  # later ones go to those that serve
+
+
+def test_a_replica_starts_when_its_engine_does_and_its_weights_are_there() -> None:
+    h100, weights = machine("h100-sxm"), GRAPH.weight_bytes
+    link, host = h100.link, h100.host_link
+    assert link and host
+    for source, rate in (("peer", link.bandwidth_bytes_per_s), ("host", host.bandwidth_bytes_per_s)):
+        assert start_seconds(GRAPH, h100, 1, source, warm=True) == pytest.approx(weights / rate + 0.3)
+    cold, warm = (start_seconds(GRAPH, h100, 1, "disk", one) for one in (False, True))
+    assert cold - warm == 30.0
+    with pytest.raises(NarrowsError, match="nothing comes from 'tape'"):
+        start_seconds(GRAPH, h100, 1, "tape")
+    with pytest.raises(NarrowsError, match="no link"):
+        start_seconds(GRAPH, replace(h100, links=(), sources={}), 1, "peer")
+
+
+def test_scaling_refuses_what_cannot_be() -> None:
+    group = Group(GRAPH, L4, SMALL, blocks=100, scaling=Scaling(2))
+    with pytest.raises(NarrowsError, match="2 are always there, and 1"):
+        serve([Request(0, 10, 10)], group)
+    with pytest.raises(NarrowsError, match="read prompts and decode"):
+        serve([Request(0, 10, 10)], group, group)
+    with pytest.raises(NarrowsError, match="cannot be"):
+        Scaling(load=0)
+    with pytest.raises(NarrowsError, match="several batches"):
+        replace(group, pipeline=2)

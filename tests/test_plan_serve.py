@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import signal
 from dataclasses import replace
@@ -11,26 +12,32 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from narrows.capture import capture
 from narrows.capture.config import longest
 from narrows.cli import cli
 from narrows.cli.options import interruptible
-from narrows.emit import ENGINES, emit_server
+from narrows.diagnose import seconds
+from narrows.emit import ENGINES, emit_server, sglang_0_5, vllm_0_19
 from narrows.errors import NarrowsError
 from narrows.machine import machine
 from narrows.report.serving import deployment_table, plan_sentence
 from narrows.search.screen import EVERY, Config, Job, Kind, Side, Space, screen, served
-from narrows.search.serve import as_json, plan_serve
+from narrows.search.serve import _scales, as_json, plan_serve, taken_for_granted
 from narrows.simulate.asked import saturation
 from narrows.simulate.fleet import Group, rules, serve
-from narrows.simulate.serving import Request
+from narrows.simulate.requests import Request
+from narrows.simulate.speculation import Speculation
 from narrows.simulate.workload import Lengths, generate
+from narrows.step import Step
 
 GRAPH, L4, H100 = capture("smollm2-135m"), machine("l4"), machine("h100-sxm")
 LOAD = tuple(generate(60.0, 300, Lengths(300, 60, 0.5, 0.5), seed=2))
 JOB = Job(GRAPH, (Kind(L4, 4),), LOAD, ttft=0.2, tpot=0.01)
-SMALL = Space(tensor=(1,), precision=("own",), cache=("own",), max_sequences=(8, 64), max_tokens=(256, 2048), apart=(False,))
+SMALL = Space(tensor=(1,), pipeline=(1,), experts=(1,), precision=("own",), cache=("own",), max_sequences=(8, 64),
+              max_tokens=(256, 2048), apart=(False,))  # fmt: skip
 
 
 def tried(job: Job, space: Space) -> list[tuple[float, int]]:
@@ -53,27 +60,65 @@ def test_the_plan_is_as_cheap_as_the_cheapest_of_all_that_there_are() -> None:
 
 
 def test_every_choice_is_what_a_simulation_of_it_gives() -> None:
-    plan = plan_serve(JOB, replace(EVERY, tensor=(1, 2)))
+    plan = plan_serve(JOB, replace(EVERY, tensor=(1,), pipeline=(1, 2)))
     assert plan.evaluated > 100
     for choice in plan.best:
         again = serve(JOB.requests, *choice.config.groups(JOB), ttft=JOB.ttft, tpot=JOB.tpot)
         assert choice.outcome is not None and again.as_json() == choice.outcome.as_json()
         assert choice.attained == again.good / len(LOAD) and choice.keeps == (choice.attained >= JOB.share)
-        low, high = choice.interval["tpot_s"]
-        assert low < choice.tpot["mean"] < high
+        for name, here in (("goodput", choice.goodput), ("ttft_s", choice.ttft["mean"]), ("tpot_s", choice.tpot["mean"])):
+            low, high = choice.interval[name]
+            assert low <= here <= high
     costs = [c.config.dollars_per_hour for c in plan.best if c.keeps]
     assert costs[:-1] == sorted(costs[:-1])  # type: ignore[type-var]  # the last may be the best in the model's own formats
     assert any(choice.config.exact for choice in plan.best)
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_screening_saturates_where_the_simulation_does(apart: bool) -> None:
-    job = Job(capture("llama-3.1-8b"), (Kind(H100, 8),), tuple(generate(50.0, 200, Lengths(800, 200), seed=1)), 5.0, 0.1)
-    space = Space((1, 4), ("own",), ("own",), (32, 128), (2048, 8192), (apart,))
+@pytest.mark.parametrize(("model", "experts"), [("llama-3.1-8b", {1}), ("mixtral-8x7b", {1, 4})])
+def test_screening_saturates_where_the_simulation_does(apart: bool, model: str, experts: set[int]) -> None:
+    load = tuple(generate(50.0, 200, Lengths(800, 200), seed=1))
+    job = Job(capture(model), (Kind(H100, 8),), load, 5.0, 0.1, speculations=() if apart else (Speculation(3, 0.7, GRAPH),))
+    space = Space((1, 2), (1, 2), (1, 4), ("own",), ("own",), (32, 128), (2048, 8192), (apart,))
     points = screen(job, space).points
-    assert len(points) >= 8
-    for point in points[:: max(len(points) // 6, 1)]:
-        assert point.full == pytest.approx(saturation(job.requests, *point.config.groups(job)), rel=0.25), str(point.config)
+    assert {p.config.decode.pipeline for p in points} == {1, 2} and {p.config.decode.experts for p in points} == experts
+    assert {p.config.speculation is None for p in points} == {True, apart}
+    for point in points[:: max(len(points) // 7, 1)]:
+        assert point.full == pytest.approx(saturation(job.requests, *point.config.groups(job)), rel=0.3), str(point.config)
+
+
+def test_intervals_are_the_load_played_with_steps_at_both_ends_of_theirs() -> None:
+    choice = plan_serve(JOB, SMALL).best[0]
+    (low, high), _ = _scales(JOB, choice)
+    group, _ = choice.config.groups(JOB)
+    step = seconds(GRAPH, L4, Step.decode(choice.point.batch, JOB.held))
+    read = seconds(GRAPH, L4, JOB.typical)
+    work = [JOB.output / choice.point.batch * float(a) + float(b) for a, b in zip(step, read, strict=True)]
+    assert low <= work[1] / work[0] < 1 < work[2] / work[0] <= high  # never narrower than the cost model
+    slow = serve(JOB.requests, replace(group, scale=high), ttft=JOB.ttft, tpot=JOB.tpot)
+    fast = serve(JOB.requests, replace(group, scale=low), ttft=JOB.ttft, tpot=JOB.tpot)
+    assert choice.interval["ttft_s"] == (fast.ttft.mean, slow.ttft.mean)
+    assert choice.interval["tpot_s"] == (fast.tpot.mean, slow.tpot.mean)
+
+
+def test_what_a_choice_rests_on_is_said() -> None:
+    rests = taken_for_granted(Config("vllm-v1", "int4", "fp8", Side(H100, 1, 1, 8, 64, experts=2), None, Speculation(3, 0.7)))
+    weights, cache, draft, experts = rests
+    assert weights.startswith("weights=int4: perplexity times ") and "results/verified.csv" in weights
+    assert cache == "cache=fp8: what it costs in quality was not measured."
+    assert "70%" in draft and "not measured" in draft and experts.startswith("experts: ")
+    assert not taken_for_granted(Config("vllm-v1", "own", "own", Side(H100, 1, 1, 8, 64)))
+
+
+def test_a_draft_pays_where_few_sequences_run_and_is_left_out_where_many_do() -> None:
+    load = tuple(generate(2.0, 60, Lengths(500, 100, 0.5, 0.5), seed=3))
+    job = Job(capture("llama-3.1-8b"), (Kind(H100, 1),), load, ttft=1.0, tpot=0.0075, speculations=(Speculation(3, 0.8, GRAPH),))
+    best = plan_serve(job, SMALL).best[0]
+    assert best.keeps and best.config.speculation is not None  # one token after another is too slow
+    many = replace(job, requests=tuple(replace(r, arrival=r.arrival // 20) for r in load * 4), tpot=0.1)
+    found = {p.config.speculation is None: p.full for p in screen(many, SMALL).points if p.config.decode.max_tokens == 2048
+             and p.config.decode.max_sequences == 64}  # fmt: skip
+    assert found[True] != found[False]
 
 
 def test_what_no_deployment_can_keep_is_said() -> None:
@@ -144,7 +189,7 @@ def test_other_formats_are_left_out_where_machine_or_model_lacks_them() -> None:
         served(GRAPH, "fp8", "own", a100)
     assert served(GRAPH, "int8", "own", a100).weight_bytes < 0.7 * GRAPH.weight_bytes
     found = screen(replace(JOB, kinds=(Kind(a100, 4),)), replace(EVERY, tensor=(1,), apart=(False,)))
-    assert {p.config.precision for p in found.points} == {"own", "int8"}
+    assert {p.config.precision for p in found.points} == {"own", "int8", "int4"}
 
 
 def test_two_kinds_of_machines_can_share_the_work() -> None:
@@ -166,6 +211,33 @@ def test_two_kinds_of_machines_can_share_the_work() -> None:
 def test_a_job_without_sense_is_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(NarrowsError, match=says):
         plan_serve(replace(JOB, **change), SMALL)
+
+
+# ---- ways to lay a replica over devices ----
+
+
+def test_stages_share_the_layers_and_pass_on_what_lies_between() -> None:
+    graph = capture("llama-3.1-8b")
+    whole, staged = Group(graph, H100, rules("vllm-v1")), Group(graph, H100, rules("vllm-v1"), pipeline=4)
+    assert staged.engines == 4 and staged.token_bytes() == whole.token_bytes()
+    freed = graph.weight_bytes * 3 / 4 / (whole.token_bytes() * 16)
+    assert staged.room() - whole.room() == pytest.approx(freed, rel=0.01)  # less a buffer to send from
+    (send,) = [op for op in staged.share if op.kind == "send"]
+    assert (send.repeat, float(send.sized(Step.decode(7, 100))["elements"])) == (3, 7 * 4096)
+    slower = staged.times().rows(512) - whole.times().rows(512)
+    assert 0 < slower < 0.05 * whole.times().rows(512)
+    with pytest.raises(NarrowsError, match="layers"):
+        Group(graph, H100, rules("vllm-v1"), pipeline=33).times()
+
+
+def test_devices_that_share_experts_keep_their_part_of_them() -> None:
+    graph = capture("mixtral-8x7b")
+    apart, spread = Group(graph, H100, rules("vllm-v1"), 2), Group(graph, H100, rules("vllm-v1"), 2, experts=4)
+    experts = sum(float(op.weight_bytes) for op in graph.find("expert"))
+    assert spread.share.weight_bytes == pytest.approx(graph.weight_bytes - 0.75 * experts)
+    assert spread.room() - apart.room() == pytest.approx(0.75 * experts / 2 / (apart.token_bytes() * 16), rel=0.01)
+    assert {op.kind for op in spread.share} - {op.kind for op in graph} == {"all_to_all"}
+    assert spread.times().rows(8) < apart.times().rows(8)  # few tokens: a device reads fewer of the experts they chose
 
 
 # ---- launch commands ----
@@ -207,9 +279,55 @@ def test_sglang_together_and_apart() -> None:
     assert "--pd-disaggregation" in router and text.count("--prefill http") == 2 and text.count("--decode http") == 3
 
 
-def test_int8_weights_ask_for_a_checkpoint() -> None:
+def test_weights_of_few_bits_ask_for_a_checkpoint() -> None:
     for name, engine in (("vllm", "vllm-v1"), ("sglang", "sglang")):
-        assert "W8A16" in emit_server(name, replace(TOGETHER, engine=engine, precision="int8"), "m").splitlines()[0]
+        for precision, form in (("int8", "W8A16"), ("int4", "W4A16")):
+            assert form in emit_server(name, replace(TOGETHER, engine=engine, precision=precision), "m").splitlines()[0]
+
+
+SPREAD = replace(ONE, tensor=1, experts=4)
+STAGED = replace(ONE, pipeline=2)
+DRAFTED = Speculation(3, 0.7, GRAPH)
+
+
+def test_experts_stages_and_drafts_in_vllm() -> None:
+    (found,) = flags(emit_server("vllm", replace(TOGETHER, decode=SPREAD, speculation=Speculation(4, 0.5)), "m"))
+    assert (found["--data-parallel-size"], found["--max-num-seqs"]) == ("4", "128")  # of a rank; a command is one replica
+    assert json.loads(found["--speculative-config"])["method"] == "ngram"
+    (found,) = flags(emit_server("vllm", replace(TOGETHER, decode=STAGED, speculation=DRAFTED), "m"))
+    assert (found["--pipeline-parallel-size"], found["--data-parallel-size"], found["--max-num-seqs"]) == ("2", "3", "256")
+    draft = {"method": "draft_model", "model": GRAPH.name, "num_speculative_tokens": 3}
+    assert json.loads(found["--speculative-config"]) == draft
+
+
+def test_experts_stages_and_drafts_in_sglang() -> None:
+    own = replace(TOGETHER, engine="sglang")
+    (found,) = flags(emit_server("sglang", replace(own, decode=SPREAD), "m"))
+    assert [found[f"--{name}"] for name in ("tp-size", "attn-dp-size", "ep-size")] == ["4", "4", "4"]
+    assert (found["--max-running-requests"], found["--chunked-prefill-size"]) == ("512", "16384") and "--dp-size" not in found
+    (found,) = flags(emit_server("sglang", replace(own, decode=STAGED, speculation=DRAFTED), "m"))
+    assert (found["--pp-size"], found["--max-running-requests"], found["--speculative-algorithm"]) == ("2", "256", "STANDALONE")
+    assert (found["--speculative-num-steps"], found["--speculative-num-draft-tokens"]) == ("3", "4")
+    with pytest.raises(NarrowsError, match="speculation"):
+        emit_server("sglang", replace(own, decode=SPREAD, speculation=DRAFTED), "m")
+
+
+@given(
+    st.sampled_from(["own", "fp8", "int8", "int4"]), st.sampled_from(["own", "fp8"]), st.sampled_from([ONE, SPREAD, STAGED]),
+    st.sampled_from([None, ONE, SPREAD, STAGED]), st.sampled_from([None, DRAFTED, Speculation(4, 0.5)]), st.integers(0, 9000),
+)  # fmt: skip
+def test_no_flag_is_emitted_that_was_not_found_in_the_engine_s_source(
+    precision: str, cache: str, decode: Side, prefill: Side | None, drafted: Speculation | None, context: int
+) -> None:
+    for engine, template in (("vllm-v1", vllm_0_19), ("sglang", sglang_0_5)):
+        config = Config(engine, precision, cache, decode, prefill, drafted)
+        if engine == "sglang" and drafted and decode.experts > 1:
+            continue
+        text = emit_server(engine.split("-")[0], config, "a/model", context)
+        used = {
+            word for line in text.splitlines() if not line.startswith("#") for word in re.findall(r"(?<!\S)--([a-z-]+)", line)
+        }
+        assert used and used <= template.FLAGS
 
 
 @pytest.mark.parametrize(
@@ -217,7 +335,7 @@ def test_int8_weights_ask_for_a_checkpoint() -> None:
     [
         ("vllm", {"engine": "sglang"}, "engine"),
         ("sglang", {}, "engine"),
-        ("vllm", {"precision": "int4"}, "weights"),
+        ("vllm", {"precision": "fp6"}, "weights"),
         ("vllm", {"cache": "int8"}, "cache"),
     ],
 )
@@ -256,7 +374,8 @@ def test_the_command_plans_and_emits() -> None:
 def test_a_cluster_brings_its_own_number_of_devices() -> None:
     code, text = run("-m", "dgx-h100", "--rate", "30", "--requests", "100", "--confirm", "0", "--json")
     assert code == 1 and not json.loads(text)["best"][0]["confirmed_by_simulation"]  # what nothing confirmed is no answer
-    for words, says in ((("-m", "nothing:3"), "no machine"), (("-m", "l4:0"), "at least 1")):
+    for words, says in ((("-m", "nothing:3"), "no machine"), (("-m", "l4:0"), "at least 1"),
+                        (("-m", "l4", "--draft", "smollm2-135m"), "go together")):  # fmt: skip
         with pytest.raises(NarrowsError, match=says):
             run(*words, "--rate", "1")
 
@@ -268,6 +387,45 @@ def test_the_context_of_a_model_is_known_from_its_config(tmp_path: Any) -> None:
     words = ["simulate", "serve", "smollm2-135m", "-m", "l4", "--rate", "5", "--requests", "20", "-p", "99", "--spread", "0"]
     found = json.loads(CliRunner().invoke(cli, [*words, "-o", "9", "--context", "100", "--json"]).stdout)
     assert (found["requests"], found["rejected"]) == (0, 20)
+
+
+def simulated(*words: str) -> dict[str, Any]:
+    asked = ["simulate", "serve", "smollm2-135m", "-m", "l4", "-p", "200", "-o", "40", "--json", *words]
+    found = CliRunner().invoke(cli, asked)
+    if isinstance(found.exception, NarrowsError):
+        raise found.exception
+    return json.loads(found.stdout)  # type: ignore[no-any-return]
+
+
+def test_the_command_s_fields_are_the_contract() -> None:
+    found = simulated("--rate", "20", "--requests", "100")
+    assert {"requests", "simulated_seconds", "cpu_seconds", "peak_rss_bytes", "ttft_s", "tpot_s", "e2e_s",
+            "throughput_tokens_per_s", "preemptions", "ledger"} <= found.keys()  # fmt: skip
+    for name in ("ttft_s", "tpot_s", "e2e_s"):
+        assert {"mean", "p50", "p90", "p99"} == found[name].keys()
+    assert sum(found["ledger"].values()) == pytest.approx(found["e2e_s"]["mean"])
+
+
+def test_a_load_past_saturation_ends_with_a_statement() -> None:
+    assert any("Past saturation" in note for note in simulated("--rate", "5000", "--requests", "2000")["notes"])
+    assert not simulated("--rate", "5", "--requests", "100")["notes"]
+
+
+def test_clients_who_wait_for_their_answers_keep_as_many_inside() -> None:
+    found = simulated("--clients", "8", "--requests", "400")
+    assert found["requests"] == 400
+    inside = found["requests_per_s"] * found["e2e_s"]["mean"]  # Little's law
+    assert inside == pytest.approx(8, rel=0.05)  # the last ones run dry
+    for words in (("--clients", "0"), ("--clients", "8", "-r", "2")):
+        with pytest.raises(NarrowsError, match="one replica"):
+            simulated(*words)
+
+
+def test_hours_give_as_many_requests_as_come_in_them() -> None:
+    assert simulated("--rate", "2", "--hours", "0.05")["requests"] == 360
+    assert simulated("--load", "azure-2023-conv", "--hours", "0.01", "--swing", "0.5")["requests"] == round(36 * 5.53)
+    with pytest.raises(NarrowsError, match="known"):
+        simulated("--rate", "2", "--hours", "1", "--requests", "10")
 
 
 def test_ctrl_c_is_heard_once_and_obeyed_twice() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -15,7 +16,7 @@ from narrows.machine import Link, machine
 from narrows.simulate.demand import Demand, Deployment, Objective, split
 from narrows.simulate.fleet import Group, clients, rules
 from narrows.simulate.outcome import Outcome, Spread
-from narrows.simulate.serving import Request
+from narrows.simulate.requests import Request
 from narrows.simulate.step_times import Overlap, StepTimes
 from narrows.simulate.workload import Lengths, generate
 from narrows.technique import No, Serves, techniques
@@ -28,6 +29,11 @@ OBJECTIVES = (Objective("ttft", 0.9, 1.0), Objective("tpot", 0.9, 0.05), Objecti
 def demand(model: str = "olmoe-1b-7b", replicas: int = 2, **changes: object) -> Demand:
     group = Group(capture(model), machine("a100-80gb"), rules("vllm-v1"), replicas=replicas)
     return replace(Demand(group, REQUESTS, OBJECTIVES), **changes)  # type: ignore[arg-type]
+
+
+def one_unit() -> Group:
+    group = demand(replicas=1).group
+    return replace(group, machine=replace(group.machine, units=1))
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
@@ -52,6 +58,9 @@ def test_a_refusal_names_what_is_missing() -> None:
         "splitwise": (demand(replicas=1), "too little for a pool of each"),
         "nanoflow": (demand("smollm2-135m", requests=(Request(0, 1, 1),)), "nothing is gained"),
         "layered-prefill": (demand("llama-3.2-1b"), "no experts"),
+        "nexus": (demand(replicas=1, group=one_unit()), "1 units: too few"),
+        "deepflow-serverless-llm": (demand(replicas=1), "none can come or go"),
+        "instinfer": (demand(), "fit the memory"),
     }
     for slug, (wanted, reason) in asked.items():
         verdict = POLICIES[slug]().check(wanted)
@@ -160,6 +169,27 @@ def test_a_policy_is_played_from_the_command_line() -> None:
     for wrong, message in (("layered-prefill", "no experts"), ("awq", "no policy of serving")):
         refused = CliRunner().invoke(cli, [*command, "--policy", wrong])
         assert message in str(refused.exception)
+
+
+def test_replicas_that_change_are_played_from_the_command_line(tmp_path: Path) -> None:
+    trace = tmp_path / "turns.jsonl"
+    turns = [
+        {"timestamp": 1000 * i, "input_length": 1600, "output_length": 20, "hash_ids": [i % 40, 100 + i % 40, 200 + i % 40]}
+        for i in range(120)
+    ]
+    trace.write_text("\n".join(map(json.dumps, turns)))
+    command = ["simulate", "serve", "smollm2-135m", "-m", "l4", "-r", "3", "--blocks", "900", "--trace", str(trace)]
+    options = ["--autoscale", "host", "--least", "1", "--power-cap", "60", "--host-cache", "2", "--disk-cache", "5"]
+    found = CliRunner().invoke(cli, [*command, *options, "--json"])
+    assert found.exit_code == 0, found.output
+    seen = json.loads(found.stdout)
+    assert seen["requests"] == 120 and len(seen["prefix_hits_by_tier"]) == 3
+    assert sum(seen["prefix_hits_by_tier"]) == pytest.approx(seen["prefix_hits"]) and seen["prefix_hits_by_tier"][1] > 0.1
+    assert {"cold_start", "power_cap", "transfer"} <= set(seen["ledger"]) and seen["ledger"]["transfer"] > 0
+    shown = CliRunner().invoke(cli, [*command, *options])
+    assert "replicas were started" in shown.output and "Of the prompts' tokens were found: device" in shown.output
+    refused = CliRunner().invoke(cli, [*command, "--autoscale", "host", "--prefill", "1"])
+    assert "Leave autoscaling out" in str(refused.exception)
 
 
 def test_prompts_are_read_by_layers_or_in_pieces() -> None:

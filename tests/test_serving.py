@@ -1,20 +1,31 @@
 """The serving engine takes many equal steps at once: the same bits as a loop that takes them one after another."""
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrows.capture import capture
-from narrows.machine import machine
-from narrows.simulate.serving import Answer, Engine, Request, Rules
+from narrows.diagnose import prepared
+from narrows.errors import NarrowsError
+from narrows.machine import Machine, machine
+from narrows.simulate.blocks import PIECE
+from narrows.simulate.requests import PARTS, Answer, Request
+from narrows.simulate.rules import Rules
+from narrows.simulate.serving import Engine
+from narrows.simulate.sharing import Sharing, Streams
 from narrows.simulate.step_times import PS, Overlap, StepTimes
+from narrows.simulate.tiers import Tier, Tiers
+from narrows.step import Step
 
 PLAIN, BESIDE, BROKEN = (
     StepTimes(capture("smollm2-135m"), machine("l4"), 1, 512, 64, step_seconds=1e-3, sequence_seconds=1e-5, overlap=overlap)
     for overlap in (None, Overlap(1, 0.5, 0.4), Overlap(1, 0.5, 0.4))
 )
+CAPPED = StepTimes(capture("smollm2-135m"), machine("l4"), 1, 512, 64, step_seconds=1e-3, cap_watts=45.0)
 BROKEN._rows = [rows // 20 for rows in BROKEN._rows]  # so that attention meets every break of its line within these loads
 BROKEN._more = [20_000_000] * len(BROKEN._rows)
 
@@ -184,7 +195,19 @@ def plain_loop(requests: list[Request], rules: Rules, blocks: int, times: StepTi
     return answers, gaps
 
 
-def simulated(requests: list[Request], rules: Rules, blocks: int, times: StepTimes) -> tuple[Engine, list[Answer], Counter[int]]:
+Seen = tuple[Engine, list[Answer], Counter[int]]
+
+
+def simulated(
+    requests: list[Request],
+    rules: Rules,
+    blocks: int,
+    times: StepTimes,
+    streams: Streams | None = None,
+    one: bool = False,
+    tiers: tuple[Tier, ...] = (),
+) -> Seen:
+    """All requests served; `one`: so that no two steps are taken at once."""
     answers: list[Answer] = []
     gaps: Counter[int] = Counter()
 
@@ -195,11 +218,16 @@ def simulated(requests: list[Request], rules: Rules, blocks: int, times: StepTim
     def reject(request: Request, why: str) -> None:
         raise AssertionError(why)
 
-    engine = Engine(times, rules, blocks, answers.append, reject, tell)
+    def advance(until: int | None) -> None:
+        while one and engine.load and (until is None or engine.now < until):
+            engine.advance(engine.now + 1)
+        engine.advance(until)
+
+    engine = Engine(times, rules, blocks, answers.append, reject, tell, streams, tiers=Tiers(tiers))
     for request in requests:
-        engine.advance(request.arrival)
+        advance(request.arrival)
         engine.push(request)
-    engine.advance()
+    advance(None)
     return engine, answers, gaps
 
 
@@ -229,13 +257,148 @@ def loads(draw: st.DrawFn) -> tuple[list[Request], Rules, int]:
 
 
 @settings(max_examples=500, deadline=None)
-@given(loads(), st.sampled_from([PLAIN, BESIDE, BROKEN]))
+@given(loads(), st.sampled_from([PLAIN, BESIDE, BROKEN, CAPPED]))
 def test_runs_of_steps_give_the_same_bits_as_single_steps(load: tuple[list[Request], Rules, int], times: StepTimes) -> None:
     requests, rules, blocks = load
     engine, answers, gaps = simulated(requests, rules, blocks, times)
     got = {int(a.request.name): (a.admitted, a.first, a.last, a.preemptions) for a in answers}
     assert (got, gaps) == plain_loop(requests, rules, blocks, times)
     assert engine.room == blocks  # every block came back
+    assert_accounted(answers)
+
+
+def assert_accounted(answers: list[Answer]) -> None:
     for a in answers:
-        parts = (a.queue, a.prompt, a.interference, a.decode, a.communication, a.host, a.preemption)
+        parts = [getattr(a, part) for part in PARTS]
         assert sum(parts) == a.last - a.request.arrival and min(parts) >= 0
+
+
+# ---- prompts in a stream of their own ----
+
+L4 = machine("l4")
+
+
+def cut(share: float = 0.0, slower: float = 1.3) -> Streams:
+    ready = prepared(capture("smollm2-135m"), Step.decode(1, 1), L4, 1)
+    return Streams(Sharing(share, slower=slower), ready, L4, 512, tabled)
+
+
+@lru_cache
+def tabled(part: Machine) -> StepTimes:
+    return StepTimes(capture("smollm2-135m"), part, 1, 512, 64, step_seconds=1e-3, sequence_seconds=1e-5)
+
+
+CUTS = [cut(), cut(0.3), cut(slower=1.05)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(loads(), st.sampled_from(CUTS), st.sampled_from([0.0, 200.0]))
+def test_two_streams_give_the_same_bits_step_by_step_and_lose_nothing(
+    load: tuple[list[Request], Rules, int], streams: Streams, patience: float
+) -> None:
+    requests, rules, blocks = load
+    rules = replace(rules, mixed=False, layered=0, batched=False, chunked=True, patience=patience)
+    engine, answers, gaps = simulated(requests, rules, blocks, PLAIN, streams)
+    assert (answers, gaps) == simulated(requests, rules, blocks, PLAIN, streams, one=True)[1:]
+    assert len(answers) == len(requests) and engine.room == blocks and not engine.load
+    assert sum(gaps.values()) == sum(r.output - 1 for r in requests)
+    assert_accounted(answers)
+
+
+def test_a_prompt_is_read_beside_decoding_at_once_and_both_take_what_their_share_says() -> None:
+    rules, streams = Rules("two", mixed=False, max_tokens=512), cut(0.5)
+    beside = streams.cuts[0]
+    _, (one, two), gaps = simulated([Request(0, 100, 200), Request(PS // 2, 300, 1)], rules, 200, PLAIN, streams)
+    if one.request.prompt == 300:
+        one, two = two, one
+    times = beside.prompts
+    assert two.first - PS // 2 == times.rows(300) + times.prompt(300, 0) + times.outputs(1) + times.host(1)
+    assert two.queue == 0
+    late = [gap for gap in gaps if any(gap == beside.decoding.decode(1, n)[1] for n in range(100, 300))]
+    assert sum(gaps[gap] for gap in late) == pytest.approx((two.first - PS // 2) / late[0], abs=1)
+    alone = sum(PLAIN.decode(1, n)[1] for n in range(100, 299))
+    assert one.last - one.first == alone + one.interference > alone  # what the prompt beside it cost is interference
+
+
+def test_the_share_of_prompts_follows_what_waits_and_what_room_is_left() -> None:
+    streams = cut(slower=3.0)
+    units = {id(times): i for i, times in enumerate(one.prompts for one in streams.cuts)}
+    few, many = ([(512, 0)], 2, 400, 0.1), ([(512, 0)], 60, 60 * 2000, 0.1)
+    roomy, scarce = streams.choose(*many), streams.choose(*many[:3], 0.9)
+    assert units[id(streams.choose(*few).prompts)] >= units[id(roomy.prompts)] >= units[id(scarce.prompts)]
+    assert units[id(roomy.prompts)] > units[id(scarce.prompts)]
+
+
+def test_two_streams_exclude_steps_that_hold_both() -> None:
+    with pytest.raises(NarrowsError, match="a stream of their own"):
+        simulated([], Rules("mixed"), 10, PLAIN, cut())
+    with pytest.raises(NarrowsError, match="is no share"):
+        Sharing(1.0)
+
+
+# ---- tiers below the device's memory ----
+
+PROMPTS = st.tuples(st.integers(1, 900), st.lists(st.integers(0, 6), max_size=4), st.integers(1, 40))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(PROMPTS, min_size=1, max_size=9),
+    st.sampled_from([130, 200, 900]),
+    st.tuples(st.integers(0, 3), st.integers(0, 4)),
+    st.booleans(),
+)
+def test_what_is_found_below_is_counted_moved_and_the_same_step_by_step(
+    prompts: list[tuple[int, list[int], int]], blocks: int, rooms: tuple[int, int], swap: bool
+) -> None:
+    requests = []
+    for i, (more, names, output) in enumerate(prompts):
+        hashes = tuple(hash(tuple(names[: k + 1])) for k in range(len(names)))
+        requests.append(Request(i * PS // 20, PIECE * len(names) + more, output, hashes))
+    requests = [r for r in requests if r.prompt + r.output <= blocks * 16]
+    below = tuple(Tier(name, room, 10**9 * (i + 1)) for i, (name, room) in enumerate(zip(("host", "disk"), rooms, strict=True)))
+    rules = Rules("tiered", max_sequences=4, max_tokens=512, swap=swap)
+    engine, answers, gaps = simulated(requests, rules, blocks, PLAIN, tiers=below)
+    again, *same = simulated(requests, rules, blocks, PLAIN, tiers=below, one=True)
+    assert [answers, gaps] == same and engine.hits == again.hits
+    assert len(answers) == len(requests) and engine.room == blocks
+    assert_accounted(answers)
+    if not engine.preemptions:
+        assert sum(engine.hits) == sum(a.cached for a in answers)
+        moved = sum(hits // PIECE * tier.fetch for hits, tier in zip(engine.hits[1:], below, strict=True))
+        assert moved == sum(a.transfer for a in answers)
+
+
+def test_a_sequence_that_is_swapped_out_comes_back_without_being_read_again() -> None:
+    requests = [Request(0, 480, 200), Request(0, 480, 200)]  # 60 blocks hold both prompts, not both answers
+    again, swapped = (
+        simulated(
+            requests, Rules("swap", max_tokens=512, prefix_cache=False, swap=swap), 66, PLAIN, tiers=(Tier("host", 0, 512),)
+        )
+        for swap in (False, True)
+    )
+    assert again[0].preemptions and swapped[0].preemptions
+    late, early = (max(answers, key=lambda a: a.last) for _, answers, _ in (again, swapped))
+    assert early.last < late.last and early.preemption < late.preemption
+    with pytest.raises(NarrowsError, match="no host to swap to"):
+        simulated(requests, Rules("swap", swap=True), 66, PLAIN)
+
+
+def test_a_tier_without_end_finds_whatever_was_read() -> None:
+    names = [(1, 2), (3, 4), (5, 6), (1, 2), (3, 9), (5, 6)]
+    requests = [Request(i * PS, PIECE * 2 + 100, 5, pair) for i, pair in enumerate(names)]
+    _, answers, _ = simulated(requests, Rules("tiered", max_tokens=512), 80, PLAIN, tiers=(Tier("host", 100, 7),))
+    assert [a.cached // PIECE for a in answers] == [0, 0, 0, 2, 1, 2]
+    assert [a.transfer for a in answers] == [0, 0, 0, 14, 7, 14]
+
+
+@given(st.lists(st.integers(0, 8), max_size=60), st.integers(1, 3), st.integers(0, 3))
+def test_tiers_keep_what_was_used_last(pieces: list[int], first: int, second: int) -> None:
+    tiers, last = Tiers((Tier("host", first, 1), Tier("disk", second, 2))), []
+    for piece in pieces:
+        tiers.put(piece)
+        last = [*(p for p in last if p != piece), piece]
+    for piece in range(9):
+        age = len(last) - 1 - last.index(piece) if piece in last else 99
+        assert (tiers.find(piece) == 0) == (age < first)
+        assert tiers.find(piece) < 0 or age < first + second + len(set(pieces))

@@ -1,6 +1,7 @@
 """Traces are read as they come, every fault is named with its line, and generators have the moments that they are given."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrows.errors import NarrowsError
-from narrows.simulate.serving import Request
+from narrows.simulate.requests import Request
 from narrows.simulate.step_times import PS
-from narrows.simulate.workload import Lengths, first, generate, like, loads, read, scaled
+from narrows.simulate.workload import Lengths, first, generate, like, loads, mean_rate, ramped, read, scaled, swung
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
@@ -132,6 +133,35 @@ def test_a_faster_load_has_the_same_requests_sooner() -> None:
     assert [(r.prompt, r.output) for r in fast] == [(r.prompt, r.output) for r in found]
 
 
+def test_a_rate_that_swings_is_met_in_the_mean_and_where_it_should_be() -> None:
+    found = list(generate(10.0, 20_000, Lengths(5, 5)))
+    period = found[-1].arrival / PS
+    moved = list(swung(found, 0.5, period))
+    assert [r.arrival for r in moved] == sorted(r.arrival for r in moved)
+    assert moved[-1].arrival == pytest.approx(found[-1].arrival, rel=1e-6)
+    day = [sum(r.arrival / PS < share * period for r in moved) / len(moved) for share in (0.25, 0.5, 0.75)]
+    swing = 0.5 / (2 * math.pi)  # integral of the rate up to a share of the period, over the period
+    assert day == pytest.approx([0.25 + swing, 0.5 + 2 * swing, 0.75 + swing], abs=0.01)
+    assert all(abs(a.arrival - b.arrival) < 1e-6 * PS for a, b in zip(found, swung(found, 0.0), strict=True))
+    with pytest.raises(NarrowsError, match="swing"):
+        list(swung(found, 1.0))
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 4.0])
+def test_a_ramp_ends_so_many_times_as_fast_as_it_begins(factor: float) -> None:
+    found = list(generate(10.0, 20_000, Lengths(5, 5), burst=0.0))
+    moved = [r.arrival / PS for r in ramped(found, factor)]
+    assert moved[-1] == pytest.approx(found[-1].arrival / PS) and moved == sorted(moved)
+    assert (moved[101] - moved[1]) / (moved[-1] - moved[-101]) == pytest.approx(factor, rel=0.05)
+
+
+def test_a_ramp_without_sense_is_refused() -> None:
+    assert not list(ramped([], 2.0))
+    for factor in (0.0, -1.0, math.inf):
+        with pytest.raises(NarrowsError, match="factor"):
+            list(ramped([], factor))
+
+
 def test_no_rate_is_refused() -> None:
     with pytest.raises(NarrowsError, match="no rate"):
         list(generate(0.0, 1, Lengths(1, 1)))
@@ -141,6 +171,7 @@ def test_no_rate_is_refused() -> None:
 def test_a_bundled_load_is_like_its_trace(name: str) -> None:
     made = list(like(name, count=20_000, seed=1))
     assert made == list(like(name, count=20_000, seed=1))
+    assert mean_rate(name) == pytest.approx(len(made) / (made[-1].arrival / PS), rel=0.25)
     spans = made[-1].arrival / PS / (len(made) - 1)
     again = list(like(name, count=20_000, rate=2.0, seed=1))
     assert again[-1].arrival / PS / (len(again) - 1) == pytest.approx(0.5, rel=0.35)  # the code trace comes in long bursts

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from narrows.cli import evidence, hardware, models, planning, running, serving
+from narrows.cli import evidence, failures, hardware, models, planning, running
 from narrows.errors import NarrowsError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -52,7 +52,7 @@ for _command in (
     models.measure,
     models.apply,
     models.verify,
-    serving.simulate,
+    failures.simulate,
     planning.plan,
     running.run,
     evidence.papers,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,6 @@ def diagnose(
     model: str, machine: str, devices: int, replicas: int, named: str | None, html: str | None, as_json: bool, **size: Any
 ) -> None:
     """Where the time of one step of MODEL goes on a machine, what limits it, and whether it fits."""
-    from dataclasses import asdict
-
     from narrows import diagnose as diagnosing
     from narrows.explain import explanations, findings
 
@@ -139,39 +138,60 @@ def measure(analysis: str, model: str, machine: str, devices: int, replicas: int
 @click.option(
     "--budget", metavar="TEXT", help="Instead: the formats of layers that keep 'size<=60%, decode>=1.3x, perplexity<=+3%'."
 )
-@click.option("--out", required=True, type=click.Path(), help="Directory to write; it appears whole or not at all.")
+@click.option("--out", required=True, type=click.Path(), help="Directory or .gguf file to write; it appears whole or not at all.")
 @click.option("--text", type=click.Path(exists=True, dir_okay=False), help="Calibration text (default: the sample text).")
 @click.option("--overwrite", is_flag=True, help="Replace a directory that is there.")
+@click.option("--max-perplexity", type=float, help="Measure on held-out text; write nothing above this ratio to the original's.")
+@click.option("--keep", is_flag=True, help="Write it even if --max-perplexity refuses it; the exit code stays 1.")
+@click.option("--stream", is_flag=True, help="One block at a time, as models too large for the memory are always applied.")
 @as_json_option
-def apply(model: str, plan: str | None, budget: str | None, out: str, text: str | None, overwrite: bool, as_json: bool) -> None:
+def apply(model: str, plan: str | None, budget: str | None, out: str, text: str | None, overwrite: bool,
+          max_perplexity: float | None, keep: bool, stream: bool, as_json: bool) -> None:  # fmt: skip
     """Apply a plan to MODEL (a directory, .gguf or sample name) and write a directory that transformers loads.
 
     With --budget the formats are searched and measured on this machine; exit 1, and nothing written, where none keeps it.
     """
     require("narrows apply", "hf", "torch", "transformers", "safetensors")
+    from narrows import verify as verifying
     from narrows import workflow
 
     if (plan is None) == (budget is None):
         raise NarrowsError("it needs a plan or a budget.", where="apply", remedy="Give --plan or --budget.")
-    found, manifest = None, None
+    if keep and max_perplexity is None:
+        raise NarrowsError("nothing would be refused.", where="--keep", remedy="Give --max-perplexity, too.")
+    if budget is not None and (max_perplexity is not None or stream):
+        remedy = "Write perplexity into the budget, and leave --stream out."
+        raise NarrowsError("a budget is searched in memory, with limits of its own.", where="apply", remedy=remedy)
+    found, quality, manifest = None, None, None
     with progress("applying") as tell:
         if budget is not None:
             found, manifest = workflow.apply_within(model, budget, out, text, overwrite, tell)
         elif plan is not None:
-            manifest = workflow.apply(model, plan, out, text, overwrite, tell)
+            gate = verifying.Gate(perplexity=max_perplexity) if max_perplexity is not None else None
+            quality, manifest = workflow.apply(model, plan, out, text, overwrite, tell, gate, keep, stream)
+    failed = quality.failure if quality else ""
     if found is not None:
         from narrows.report.terminal import show_budget
         from narrows.search import budget as budgets
 
         print_json({**budgets.as_json(found), "manifest": manifest}) if as_json else show_budget(found, console())
     elif as_json:
-        print_json(manifest)
-    if manifest is None:
-        sys.exit(1)
-    if not as_json:
+        print_json({**(manifest or {}), **({"quality": asdict(quality)} if quality else {})})
+    if manifest is not None and not as_json:
         size = sum(f["bytes"] for f in manifest["files"].values())
         click.echo(f"wrote {out}: {manifest['plan']}, {size / 1e6:.1f} MB in {len(manifest['files'])} files")
-        click.echo(f"next: narrows verify {model} {out}")
+        if len(manifest["readers"]) == 1:
+            click.echo("read by: narrows alone; no other program has a layout for it")
+        elif manifest["beside_weights"]:
+            click.echo(f"read by others without {' and '.join(manifest['beside_weights'])}: that is not in the weights")
+        if manifest["moved"]:
+            click.echo(f"order: {manifest['moved']}")
+        if not out.endswith(".gguf"):
+            click.echo(f"next: narrows verify {model} {out}")
+    if failed:
+        click.echo(f"refused: {failed}", err=True)
+    if manifest is None or failed:
+        sys.exit(1)
 
 
 @click.command()
@@ -184,13 +204,16 @@ def apply(model: str, plan: str | None, budget: str | None, out: str, text: str 
 @click.option("--context", "-c", default=128, show_default=True, help="Context of the timed decode step.")
 @click.option("--max-perplexity", default=1.10, show_default=True, help="Refuse above this ratio to the original's.")
 @click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Interleaved timings.")
+@click.option("--ablation", is_flag=True, help="Also measure each step of the plan alone, and the plan up to each step.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Also write a report with plots to this file.")
 @click.option("--results", type=click.Path(dir_okay=False), help="Append the measured rows to this CSV.")
 @as_json_option
 def verify(before: str, after: str, machine: str, text: str | None, quality: str | None, prompt: int, context: int,
-           max_perplexity: float, rounds: int, html: str | None, results: str | None, as_json: bool) -> None:  # fmt: skip
+           max_perplexity: float, rounds: int, ablation: bool, html: str | None, results: str | None,
+           as_json: bool) -> None:  # fmt: skip
     """Measure AFTER (a directory that apply wrote) beside BEFORE: quality, speed, bytes, prediction. Exit 1 if it fails."""
     require("narrows verify", "hf", "torch", "transformers", "safetensors")
+    from narrows import ablation as ablations
     from narrows import verify as verifying
     from narrows import workflow
 
@@ -198,6 +221,7 @@ def verify(before: str, after: str, machine: str, text: str | None, quality: str
     with progress("verifying") as tell:
         gate = verifying.Gate(perplexity=max_perplexity)
         found, diagnoses = workflow.verify(before, after, place, text, quality, prompt, context, gate, rounds, tell)
+        parts = workflow.ablate(before, after, place, text, prompt, context, rounds, tell) if ablation else None
     if html is not None:
         from narrows.report.html import report
 
@@ -205,11 +229,13 @@ def verify(before: str, after: str, machine: str, text: str | None, quality: str
     if results:
         verifying.record(found, place.title, "narrows " + " ".join(sys.argv[1:]), Path(results))
     if as_json:
-        print_json(verifying.as_json(found))
+        print_json({**verifying.as_json(found), **({"ablation": ablations.as_json(parts)} if parts else {})})
     else:
-        from narrows.report.terminal import show_verification
+        from narrows.report.terminal import show_ablation, show_verification
 
         show_verification(found, console())
+        if parts:
+            show_ablation(parts, console())
     if not found.passed:
         sys.exit(1)
 

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from narrows.errors import NarrowsError
 
 if TYPE_CHECKING:
     from narrows.search.screen import Kind
+    from narrows.simulate.speculation import Speculation
 
 KEPT = 1000  # requests in a trace of their times: more cannot be told apart in a picture
 
@@ -37,6 +39,9 @@ load_options = grouped_options(
     click.option("--load", "named", metavar="NAME", help="Like a recorded one: azure-2023-conv, azure-2023-code, mooncake-..."),
     click.option("--rate", type=float, help="Requests per second: alone, or instead of that of a trace or load."),
     click.option("--requests", "count", type=int, help="At most so many (default: as many as there are, or 1000)."),
+    click.option("--hours", type=float, help="As many as come in so long, instead of --requests (with --load or --rate)."),
+    click.option("--swing", default=0.0, show_default=True, help="Share by which the rate swings up and down over a day."),
+    click.option("--ramp", default=1.0, show_default=True, help="The rate grows evenly to so many times what it begins with."),
     click.option("--prompt", "-p", default=1024.0, show_default=True, help="Mean tokens of a prompt (with --rate alone)."),
     click.option("--output", "-o", default=256.0, show_default=True, help="Mean tokens of an answer (with --rate alone)."),
     click.option("--spread", default=1.0, show_default=True, help="Coefficient of variation of both (with --rate alone)."),
@@ -45,15 +50,36 @@ load_options = grouped_options(
 )
 
 
+speculation_options = grouped_options(
+    click.option(
+        "--draft", metavar="MODEL", help="That proposes tokens which MODEL checks; `ngram`: text that repeats proposes."
+    ),
+    click.option(
+        "--acceptance", type=float, help="Share of the proposed tokens that are kept, as you measured it (with --draft)."
+    ),
+    click.option("--ahead", multiple=True, type=int, help="Tokens proposed at a time (default: 3; a plan tries all you give)."),
+)
 context_option = click.option(
     "--context", type=int, help="Tokens that a request may have, longer ones are rejected (default: the model's own)."
 )
+
+
+replica_options = grouped_options(
+    click.option("--autoscale", type=click.Choice(["disk", "host", "peer"]),
+                 help="Replicas come and go with the load, --replicas at the most; new ones load their weights from there."),
+    click.option("--least", default=1, show_default=True, help="Replicas that are always there (with --autoscale)."),
+    click.option("--power-cap", default=0.0, help="Watts of a device, under which its clock falls (default: no cap)."),
+    click.option("--host-cache", default=0.0, help="GB of a replica's host for prompts that were read (of a trace with hashes)."),
+    click.option("--disk-cache", default=0.0, help="GB of its disk for those that the host has no room for."),
+)  # fmt: skip
 
 
 @simulate.command()
 @click.argument("model")
 @click.option("--machine", "-m", required=True, metavar="NAME|FILE", help="Of a replica.")
 @click.option("--devices", "-n", default=1, show_default=True, help="Devices of a replica (tensor parallelism).")
+@click.option("--pipeline", default=1, show_default=True, help="Stages that share the layers, of --devices each.")
+@click.option("--experts", default=1, show_default=True, help="Devices (times --devices) that share the experts of a mixture.")
 @click.option("--replicas", "-r", default=1, show_default=True, help="Of the engine; with --prefill, of those that decode.")
 @click.option("--prefill", default=0, show_default=True, help="Replicas that read prompts apart (0: together with decoding).")
 @click.option("--prefill-machine", metavar="NAME|FILE", help="Of those that read prompts (default: --machine).")
@@ -63,7 +89,11 @@ context_option = click.option(
 @click.option("--blocks", default=0, help="Of keys and values per replica, as the engine reports them (default: what is left).")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Run it in this dtype (default: the model's own).")
 @context_option
+@replica_options
+@speculation_options
 @load_options
+@click.option("--clients", type=int, help="So many who each send their next request when the last is answered.")
+@click.option("--seeds", default=1, show_default=True, help="Play so many loads (at least 3) of other seeds: 95 % intervals.")
 @click.option("--ttft", default=float("inf"), help="Seconds to the first token that a request must keep to count as good.")
 @click.option("--tpot", default=float("inf"), help="Seconds per further token that it must keep.")
 @click.option("--policy", metavar="SLUG[:OPTION=VALUE]", help="Serve as a paper does: sarathi-serve, distserve, nanoflow, ...")
@@ -72,10 +102,12 @@ context_option = click.option(
 @click.option("--what-if", "what_ifs", is_flag=True, help="Also what 10 % more compute, bandwidth and link would give.")
 @click.option("--chrome", type=click.Path(dir_okay=False), help="Keep the first 1000 requests as a Chrome (Perfetto) trace.")
 @as_json_option
-def serve(model: str, machine: str, devices: int, replicas: int, prefill: int, prefill_machine: str | None, engine: str,
-          max_sequences: int | None, max_tokens: int | None, blocks: int, dtype: str | None, context: int | None,
-          ttft: float, tpot: float, policy: str | None, tbt: float, flood: bool, what_ifs: bool, chrome: str | None,
-          as_json: bool, **load: Any) -> None:  # fmt: skip
+def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, replicas: int, prefill: int,
+          prefill_machine: str | None, engine: str, max_sequences: int | None, max_tokens: int | None, blocks: int,
+          dtype: str | None, context: int | None, autoscale: str | None, least: int, power_cap: float, host_cache: float,
+          disk_cache: float, draft: str | None, acceptance: float | None, ahead: tuple[int, ...], clients: int | None,
+          seeds: int, ttft: float, tpot: float, policy: str | None, tbt: float, flood: bool, what_ifs: bool,
+          chrome: str | None, as_json: bool, **load: Any) -> None:  # fmt: skip
     """What clients of MODEL would see: percentiles, goodput, and where the time of the slow requests goes.
 
     Ctrl-C ends the load: the requests so far are answered, and what they saw is printed.
@@ -85,30 +117,59 @@ def serve(model: str, machine: str, devices: int, replicas: int, prefill: int, p
     from narrows.free import cast
     from narrows.graph import DTYPES
     from narrows.simulate import asked, fleet
+    from narrows.simulate.scaling import Scaling, start_seconds
+    from narrows.simulate.steady import Steady
 
     started = time.process_time()
     graph = capture(model)
     graph = cast(graph, DTYPES[dtype]) if dtype else graph
     own = fleet.rules(engine, max_sequences=max_sequences, max_tokens=max_tokens)
     most = longest(model) if context is None else context
-    group = fleet.Group(graph, target(machine), own, devices, replicas, blocks, context=most)
+    proposed = _speculations(draft, acceptance, ahead)
+    group = fleet.Group(graph, target(machine), own, devices, replicas, blocks, context=most, pipeline=pipeline, experts=experts,
+                        speculation=proposed[0] if proposed else None)  # fmt: skip
     apart = fleet.Group(graph, target(prefill_machine or machine), own, devices, prefill, blocks) if prefill else None
+    if autoscale:
+        group = replace(group, scaling=Scaling(least, start_seconds=start_seconds(graph, group.machine, devices, autoscale)))
+
+    def equipped(one: fleet.Group) -> fleet.Group:
+        return replace(one, cap_watts=power_cap, host_bytes=host_cache * 1e9, disk_bytes=disk_cache * 1e9)
+
+    group, apart = equipped(group), apart and equipped(apart)
+    if seeds > 1 and (seeds < 3 or load["trace"]):
+        raise NarrowsError("a trace has no seed, and 2 loads are too few for an interval.", where="--seeds",
+                           remedy="Give 3 or more, with --load or --rate.")  # fmt: skip
+    if clients is not None and (clients < 1 or apart or policy or flood or what_ifs or seeds > 1 or group.engines > 1):
+        raise NarrowsError("clients who wait for their answers ask one replica, once.", where="--clients",
+                           remedy="Give 1 or more, with one replica and without --policy, --saturation, --what-if and --seeds.",
+                           )  # fmt: skip
+    if clients and not load["trace"] and not load["named"]:
+        load["rate"] = load["rate"] or 1.0  # lengths are what counts
     if policy and apart:
         raise NarrowsError("a policy says itself where prompts are read.", where="--policy", remedy="Leave --prefill out.")
     if policy:
         engine = f"{engine}, {policy}"
         group, apart = _as_published(policy, group, list(requests_of(**load)), (("ttft", ttft), ("tpot", tpot), ("tbt", tbt)))
     kept: list[Any] = []
+    steady = Steady()
 
     def keep(answer: Any) -> None:
-        if len(kept) < KEPT:
+        steady.add(answer)
+        if chrome and len(kept) < KEPT:
             kept.append(answer)
 
     with progress("serving") as tell, interruptible() as stopped:
-        found = fleet.serve(
-            told(requests_of(**load), tell, stopped), group, apart, ttft=ttft, tpot=tpot, each=keep if chrome else None
-        )
+        asked_for = told(requests_of(**load), tell, stopped)
+        if clients:
+            found = fleet.clients(asked_for, group, clients, ttft, tpot, keep)
+        else:
+            found = fleet.serve(asked_for, group, apart, ttft=ttft, tpot=tpot, each=keep)
+        others = [fleet.serve(told(requests_of(**load | {"seed": load["seed"] + i}), tell, stopped), group, apart)
+                  for i in range(1, seeds) if not stopped()]  # fmt: skip
     more: dict[str, Any] = {"interrupted": True} if stopped() else {}
+    more["steady"] = steady.as_json()
+    if seeds > 1 and not stopped():
+        more["over_seeds"] = _over_seeds([found, *others])
     if flood:
         more["saturation_requests_per_s"] = asked.saturation(requests_of(**load), group, apart)
     if what_ifs:
@@ -125,6 +186,30 @@ def serve(model: str, machine: str, devices: int, replicas: int, prefill: int, p
         _show(found, graph.name, group, apart, engine, more)
     if stopped():
         sys.exit(130)
+
+
+def _speculations(draft: str | None, acceptance: float | None, ahead: tuple[int, ...]) -> "tuple[Speculation, ...]":
+    """Every number of tokens ahead with a draft; nothing without one."""
+    from narrows.capture import capture
+    from narrows.simulate.speculation import Speculation
+
+    if (draft is None) != (acceptance is None) or (ahead and not draft):
+        raise NarrowsError("they go together.", where="--draft, --acceptance, --ahead",
+                           remedy="Give a draft, and the share of its tokens that are kept.")  # fmt: skip
+    if draft is None or acceptance is None:
+        return ()
+    graph = None if draft == "ngram" else capture(draft)
+    return tuple(Speculation(many, acceptance, graph) for many in ahead or (3,))
+
+
+def _over_seeds(outcomes: list[Any]) -> dict[str, Any]:
+    """95 % intervals of the means and the 99th percentiles over loads that differ in their seed alone."""
+    from narrows.simulate.steady import student
+
+    return {"seeds": len(outcomes)} | {
+        f"{name}_s": {key: student([getattr(o, name).as_json()[key] for o in outcomes]) for key in ("mean", "p99")}
+        for name in ("ttft", "tpot", "e2e")
+    }
 
 
 def _as_published(policy: str, group: Any, requests: list[Any], limits: tuple[tuple[str, float], ...]) -> tuple[Any, Any]:
@@ -149,9 +234,25 @@ def _as_published(policy: str, group: Any, requests: list[Any], limits: tuple[tu
 def _show(found: Any, name: str, group: Any, apart: Any, engine: str, more: dict[str, Any]) -> None:
     from narrows.report.terminal import show_outcome
 
-    place = f"{group.replicas} x {group.devices} {group.machine.name}"
+    place = f"{group.replicas} x {group.devices * group.engines // group.replicas} {group.machine.name}"
     aside = f", prompts on {apart.replicas} x {apart.devices} {apart.machine.name}" if apart else ""
     show_outcome(found, f"{name} on {place}{aside}, {engine}", console())
+    if steady := more["steady"]:
+        spans = ", ".join(f"{name} {_span(steady[f'{name}_s'])}" for name in ("ttft", "tpot", "e2e"))
+        click.echo(f"Means after a warm-up of {steady['warm_up_requests']:,} requests, 95 %: {spans}.")
+    elif found.requests:
+        click.echo("No steady state shows: means depend on how long the load lasts.")
+    for name, by in more.get("over_seeds", {}).items():
+        if name != "seeds":
+            click.echo(
+                f"{name[:-2]} over {more['over_seeds']['seeds']} seeds, 95 %: mean {_span(by['mean'])}, p99 {_span(by['p99'])}."
+            )
+    if group.scaling:
+        click.echo(f"{found.starts:,} replicas were started; all were there for {found.replica_seconds:,.0f} s together.")
+    if tiers := group.tiers():
+        shares = (f"{name} {hits / max(found.prompts, 1):.1%}"
+                  for name, hits in zip(("device", *(tier.name for tier in tiers)), found.hits, strict=True))  # fmt: skip
+        click.echo(f"Of the prompts' tokens were found: {', '.join(shares)}.")
     if "saturation_requests_per_s" in more:
         click.echo(f"It saturates at {more['saturation_requests_per_s']:.3g} requests a second.")
     for resource_name, ratios in more.get("what_if", {}).items():
@@ -161,12 +262,31 @@ def _show(found: Any, name: str, group: Any, apart: Any, engine: str, more: dict
         click.echo(f"Interrupted after {found.requests + found.rejected:,} requests; these were answered.", err=True)
 
 
-def requests_of(trace: str | None, named: str | None, rate: float | None, count: int | None, prompt: float, output: float,
-                spread: float, burst: float, seed: int) -> Any:  # fmt: skip
+def _span(ends: tuple[float, float]) -> str:
+    from narrows.units import format_seconds
+
+    return " to ".join(format_seconds(max(end, 0.0)) for end in ends)
+
+
+def requests_of(swing: float, ramp: float, **load: Any) -> Any:
     """The load that the options mean."""
+    from narrows.simulate import workload
+
+    found = _even(**load) if ramp == 1.0 else workload.ramped(_even(**load), ramp)
+    return workload.swung(found, swing) if swing else found
+
+
+def _even(trace: str | None, named: str | None, rate: float | None, count: int | None, hours: float | None, prompt: float,
+          output: float, spread: float, burst: float, seed: int) -> Any:  # fmt: skip
     from narrows.simulate import workload
     from narrows.simulate.step_times import PS
 
+    if hours is not None and (trace or count):
+        raise NarrowsError(
+            "how many requests there are is known.", where="--hours", remedy="Give it with --load or --rate alone."
+        )
+    if hours is not None:
+        count = max(round(hours * 3600 * (rate or (workload.mean_rate(named) if named else 0.0))), 1)
     if trace:
         if rate:
             every = list(workload.first(workload.read(trace), count) if count else workload.read(trace))
@@ -192,7 +312,7 @@ def told(requests: Any, tell: Any, stopped: Any = lambda: False) -> Any:
 
 
 FEWEST, MOST, LASTS = 1000, 4000, 30.0  # requests that a plan plays, and seconds that they should last
-FORMATS = ["own", "fp8", "int8"]
+FORMATS = ["own", "fp8", "int8", "int4"]
 
 
 @plan.command("serve")
@@ -207,6 +327,7 @@ FORMATS = ["own", "fp8", "int8"]
 @context_option
 @click.option("--weights", multiple=True, type=click.Choice(FORMATS), help="Formats of weights to try (default: all).")
 @click.option("--cache", multiple=True, type=click.Choice(FORMATS[:2]), help="Formats of keys and values to try (default: all).")
+@speculation_options
 @click.option("--split", type=click.Choice(["together", "apart", "both"]), default="both", show_default=True,
               help="Prompts are read beside decoding, apart from it, or try both.")  # fmt: skip
 @click.option("--top", default=5, show_default=True, type=click.IntRange(min=1), help="How many to show.")
@@ -215,7 +336,8 @@ FORMATS = ["own", "fp8", "int8"]
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the launch commands to a file (with --emit).")
 @as_json_option
 def plan_serve(model: str, machines: tuple[str, ...], ttft: float, tpot: float, share: float, engine: str,
-               context: int | None, weights: tuple[str, ...], cache: tuple[str, ...], split: str, top: int, confirm: int,
+               context: int | None, weights: tuple[str, ...], cache: tuple[str, ...], draft: str | None,
+               acceptance: float | None, ahead: tuple[int, ...], split: str, top: int, confirm: int,
                emitted: str | None, out: str | None, as_json: bool, **load: Any) -> None:  # fmt: skip
     """The cheapest deployment of MODEL that serves a load within its limits, and why not others. Exit 1 if none does.
 
@@ -227,9 +349,11 @@ def plan_serve(model: str, machines: tuple[str, ...], ttft: float, tpot: float, 
     from narrows.search import serve as search
     from narrows.search.screen import EVERY, Job, Space
 
-    load["count"] = load["count"] or max(FEWEST, min(round(LASTS * (load["rate"] or 0.0)), MOST))
+    if not load["hours"]:
+        load["count"] = load["count"] or max(FEWEST, min(round(LASTS * (load["rate"] or 0.0)), MOST))
     kinds, most = tuple(_kind(text) for text in machines), longest(model) if context is None else context
-    job = Job(capture(model), kinds, tuple(requests_of(**load)), ttft, tpot, share, engine, most)
+    job = Job(capture(model), kinds, tuple(requests_of(**load)), ttft, tpot, share, engine, most,
+              _speculations(draft, acceptance, ahead))  # fmt: skip
     space = Space(
         precision=weights or EVERY.precision,
         cache=cache or EVERY.cache,
@@ -262,8 +386,6 @@ def plan_serve(model: str, machines: tuple[str, ...], ttft: float, tpot: float, 
 
 def _kind(text: str) -> "Kind":
     """Devices by name and number; a cluster has its own number of them, joined inside a node by its link."""
-    from dataclasses import replace
-
     from narrows.machine import HOST_LINKS, cluster, clusters, machine
     from narrows.search.screen import Kind
 

@@ -8,7 +8,7 @@ from narrows.experiments.serving import load
 from narrows.machine import machine
 from narrows.simulate.demand import Demand, Deployment, Objective
 from narrows.simulate.fleet import Group, rules
-from narrows.simulate.serving import Request
+from narrows.simulate.requests import Request
 from narrows.techniques.serving.distserve import DistServe
 
 

@@ -8,7 +8,7 @@ from narrows.experiments.serving import capacity_gain, load, through
 from narrows.machine import machine
 from narrows.simulate.demand import Demand, Objective
 from narrows.simulate.fleet import Group, rules
-from narrows.simulate.serving import Request
+from narrows.simulate.requests import Request
 from narrows.techniques.serving.sarathi_serve import SarathiServe
 
 # The paper's table 2: median and 90th percentile of prompts and of answers, and the longest request.

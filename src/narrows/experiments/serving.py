@@ -3,7 +3,7 @@
 import math
 
 from narrows.simulate.demand import Demand
-from narrows.simulate.serving import Request
+from narrows.simulate.requests import Request
 from narrows.simulate.workload import Lengths, generate
 from narrows.technique import Serves
 

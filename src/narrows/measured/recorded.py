@@ -21,7 +21,7 @@ from narrows.machine import Machine
 from narrows.measured.kernels import model_bound
 from narrows.measured.table import Forecast, NotCovered, graph_of, hardware, model
 from narrows.simulate.fleet import UTILIZATION, Group, rules, serve
-from narrows.simulate.serving import Answer, Request
+from narrows.simulate.requests import Answer, Request
 from narrows.simulate.step_times import PS
 from narrows.simulate.workload import read
 from narrows.step import Step

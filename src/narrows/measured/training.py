@@ -11,7 +11,8 @@ from narrows.machine import Cluster, Link, Machine
 from narrows.measured.published import Shape, decoder
 from narrows.measured.table import Forecast, NotCovered, Row, count, hardware, network_bytes_per_s, number, rate, seconds
 from narrows.simulate.memory import Memory, memory, stages
-from narrows.simulate.training import Axes, network, step_seconds
+from narrows.simulate.network import Axes, network
+from narrows.simulate.training import step_seconds
 
 COLUMNS = (
     "source",

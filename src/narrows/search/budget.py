@@ -2,7 +2,8 @@
 
 What a layer costs in each format is measured on this machine: bytes, seconds with one row and with a prompt's, and what
 its rounding does to the model's predictions. A knapsack with a proven bound chooses (`knapsack`); the chosen model is
-then measured whole, and estimates that were off are corrected and the choice made again.
+then measured whole, and estimates that were off are corrected and the choice made again. Where rounding to nearest keeps
+no budget, the same is done with roundings that are compensated on the calibration data, which takes longer.
 """
 
 import math
@@ -12,12 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from narrows.errors import NarrowsError, closest
-from narrows.own import FORMATS, Int8, linears, rules_text, tied_embedding
+from narrows.own import FORMATS, Int8, embeddings, linears, rules_text, tied_embedding
 from narrows.plan import Plan
 from narrows.progress import Tell, silent
 from narrows.search.knapsack import solve
@@ -96,12 +98,14 @@ class Menu:
     """What each layer costs in each format, as shares of the original model's: `costs` [layers, formats] by quantity.
 
     rest  what the remainder of the model costs. Perplexity is the logarithm of its ratio, and layers add up.
+    compensate  whether `costs` are those of 4-bit layers with compensated rounding
     """
 
     layers: tuple[str, ...]
     formats: tuple[str, ...]
     costs: Mapping[str, Any]
     rest: Mapping[str, float]
+    compensate: bool = False
 
     def choose(self, most: Mapping[str, float], minimise: str) -> "tuple[Any, dict[str, float], float]":
         """(index of each layer's format or None, ratios by quantity, proven bound of the minimised ratio)."""
@@ -131,7 +135,7 @@ class Menu:
     def technique(self, chosen: Any) -> Int8 | None:
         """The technique that gives each layer its chosen format; None where all stay plain."""
         formats = {layer: self.formats[i] for layer, i in zip(self.layers, chosen, strict=True)}
-        return None if set(formats.values()) == {"plain"} else Int8(rules_text(formats))
+        return None if set(formats.values()) == {"plain"} else Int8(rules_text(formats), self.compensate)
 
     def pareto(self, most: Mapping[str, float], points: int = 7) -> list[dict[str, float]]:
         """Ratios of the choices of least perplexity at sizes from the least to the largest, speeds within their limits."""
@@ -183,6 +187,17 @@ def find(model: "nn.Module", free: Plan, budget: Budget, seen: "Batches", held_o
         raise NarrowsError("a budget needs a causal language model.", where=type(model).__name__, remedy=remedy)
     whole = _Whole(model, held_out)
     menu = survey(model, free, seen, whole, tell)
+    found = _tried(menu, model, free, budget, seen, whole, tell)
+    others = {n: m for n, m in budget.most.items() if n != "perplexity"}
+    if found.plan or "perplexity" not in budget.most or menu.choose(others, "perplexity")[0] is None:
+        return found
+    harms = _harms(model, menu.formats, seen, tell, compensate=True)
+    compensated = replace(menu, costs={**menu.costs, "perplexity": harms}, compensate=True)
+    return _tried(compensated, model, free, budget, seen, whole, tell)
+
+
+def _tried(menu: Menu, model: "nn.Module", free: Plan, budget: Budget, seen: "Batches", whole: "_Whole", tell: Tell) -> Found:
+    """The best choice of a menu that keeps the budget when it is measured, or what the last one lacked."""
     aims = {n: m * AIM if n in ("decode", "prefill") else m for n, m in budget.most.items()}
     pareto = menu.pareto(budget.most)
     estimated: dict[str, float] = {}
@@ -196,7 +211,7 @@ def find(model: "nn.Module", free: Plan, budget: Budget, seen: "Batches", held_o
         technique = menu.technique(chosen)
         plan = Plan((*free.steps, *((technique,) if technique else ())))
         tell(f"measuring choice {attempt + 1}")
-        changed = plan.apply(deepcopy(model))
+        changed = plan.apply(deepcopy(model), seen)
         measured = whole.measure(changed)
         if all(measured[name] <= limit for name, limit in budget.most.items()):
             return Found(plan, changed, budget.minimised, estimated, measured, bound, pareto, ())
@@ -230,56 +245,64 @@ class _Whole:
 
 def survey(model: "nn.Module", free: Plan, seen: "Batches", whole: _Whole, tell: Tell = silent) -> Menu:
     """What each layer costs in each format, with the rest of the model from a measurement of it all in int8."""
-    layers = linears(model)
+    layers, rows = _layers(model), embeddings(model)
     formats = tuple(FORMATS)
     tell("measuring the model in int8")
     changed = Plan((*free.steps, Int8())).apply(deepcopy(model))
     measured = whole.costs(changed)
     dtype = next(p.dtype for p in changed.parameters() if p.is_floating_point())
     del changed
-    harm = _harms(model, layers, formats, seen, tell)
-    shape = (len(layers), len(formats))
-    costs = {name: np.full(shape, np.inf) for name in QUANTITIES}
+    harm = _harms(model, formats, seen, tell)
+    costs = {name: np.full(harm.shape, np.inf) for name in QUANTITIES}
     costs["perplexity"] = harm
-    timed: dict[tuple[int, int, bool, str], tuple[float, float]] = {}
-    for i, layer in enumerate(layers.values()):
+    timed: dict[tuple[tuple[int, ...], bool, str], tuple[float, float]] = {}
+    for i, (name, layer) in enumerate(layers.items()):
         tell("timing layers", i, len(layers))
         for j, form in enumerate(formats):
-            if np.isfinite(harm[i, j]):
-                key = (layer.in_features, layer.out_features, layer.bias is not None, form)
-                packed, bytes_ = _in_format(layer, form, dtype)
-                if key not in timed:
-                    timed[key] = _seconds(packed, layer.in_features, dtype, bytes_)
-                costs["size"][i, j] = bytes_ / whole.bytes
-                costs["decode"][i, j], costs["prefill"][i, j] = (
-                    s / whole.seconds[n] for s, n in zip(timed[key], ("decode", "prefill"), strict=True)
-                )
-    eight = formats.index("int8")
-    rest = {n: measured[n] - float(c[:, eight].sum()) for n, c in costs.items() if n != "perplexity"}
+            if not np.isfinite(harm[i, j]):
+                continue
+            packed, bytes_ = _in_format(layer, form, dtype)
+            key = (tuple(layer.weight.shape), getattr(layer, "bias", None) is not None, form)
+            if name not in rows and key not in timed:
+                timed[key] = _seconds(packed, layer.weight.shape[1], dtype, bytes_)
+            seconds = (0.0, 0.0) if name in rows else timed[key]  # a step looks up a few rows of an embedding
+            costs["size"][i, j] = bytes_ / whole.bytes
+            costs["decode"][i, j], costs["prefill"][i, j] = (
+                s / whole.seconds[n] for s, n in zip(seconds, ("decode", "prefill"), strict=True)
+            )
+    there = [formats.index("plain" if name in rows else "int8") for name in layers]  # in what was measured
+    rest = {n: measured[n] - float(c[np.arange(len(there)), there].sum()) for n, c in costs.items() if n != "perplexity"}
     return Menu(tuple(layers), formats, costs, {**rest, "perplexity": 0.0})
 
 
-def _fits(model: "nn.Module", name: str, layer: "nn.Linear", form: str) -> bool:
+def _layers(model: "nn.Module") -> "dict[str, nn.Linear | nn.Embedding]":
+    """The layers that get a format each: linear ones, and embeddings that share their weights with none."""
+    return {**linears(model), **embeddings(model)}
+
+
+def _fits(model: "nn.Module", name: str, layer: "nn.Linear | nn.Embedding", form: str) -> bool:
     dtype = FORMATS[form]
     if dtype is None or not dtype.group:
         return True
-    return not (layer.in_features % dtype.group or layer.out_features % 2 or tied_embedding(model, name, layer))
+    outputs, inputs = layer.weight.shape
+    shared = name in linears(model) and tied_embedding(model, name, layer)
+    return not (inputs % dtype.group or outputs % 2 or shared)
 
 
-def _in_format(layer: "nn.Linear", form: str, dtype: "torch.dtype") -> "tuple[Callable[[], nn.Module], int]":
-    """What makes a layer in a format, and the bytes that it then keeps."""
+def _in_format(layer: "nn.Linear | nn.Embedding", form: str, dtype: "torch.dtype") -> "tuple[Callable[[], nn.Module], int]":
+    """What makes a linear layer in a format, and the bytes that a layer's weights then are."""
     from narrows.modules.packed_linear import PackedLinear, quantized
 
-    chosen = FORMATS[form]
-    numbers = layer.in_features * layer.out_features
-    bias = layer.out_features * dtype.itemsize if layer.bias is not None else 0
+    chosen, bias = FORMATS[form], getattr(layer, "bias", None)
+    outputs, inputs = layer.weight.shape
+    beside = outputs * dtype.itemsize if bias is not None else 0
     if chosen is None:
-        return lambda: deepcopy(layer).to(dtype), numbers * dtype.itemsize + bias
+        return lambda: deepcopy(layer).to(dtype), outputs * inputs * dtype.itemsize + beside
 
     def pack() -> "nn.Module":
-        return PackedLinear.of(quantized(layer.weight, chosen), layer.bias).to(dtype)
+        return PackedLinear.of(quantized(layer.weight, chosen), bias).to(dtype)
 
-    return pack, round(chosen.bytes(numbers, layer.in_features)) + bias
+    return pack, round(chosen.bytes(outputs * inputs, inputs)) + beside
 
 
 def _seconds(make: "Callable[[], nn.Module]", inputs: int, dtype: "torch.dtype", bytes_: int) -> tuple[float, float]:
@@ -302,7 +325,7 @@ def _seconds(make: "Callable[[], nn.Module]", inputs: int, dtype: "torch.dtype",
     return found[0], found[1]
 
 
-def _harms(model: "nn.Module", layers: "Mapping[str, nn.Linear]", formats: Sequence[str], seen: "Batches", tell: Tell) -> Any:
+def _harms(model: "nn.Module", formats: Sequence[str], seen: "Batches", tell: Tell, compensate: bool = False) -> Any:
     """Nats that each layer's rounding alone adds to a token's loss [layers, formats], to second order; inf where none fits.
 
     The loss rises by half the mean square of (gradient . change of the outputs), with gradients of labels that are drawn
@@ -310,28 +333,39 @@ def _harms(model: "nn.Module", layers: "Mapping[str, nn.Linear]", formats: Seque
     """
     import torch
 
+    from narrows.modules.compensated import compensated, moments
     from narrows.modules.packed_linear import requantized
 
+    layers = _layers(model)
     inputs, gradients = _gradients(model, layers, seen)
     found = np.full((len(layers), len(formats)), np.inf)
+    reached = moments(model, linears(model), seen) if compensate else ()
+    others = embeddings(model) if compensate else layers
     with torch.no_grad():
-        for i, (name, layer) in enumerate(layers.items()):
-            tell("rounding layers one by one", i, len(layers))
-            x, g, weight = inputs[name].float(), gradients[name].float(), layer.weight.float()
+        for count, (name, gram) in enumerate(chain(reached, ((other, None) for other in others))):
+            tell("rounding layers one by one", count, len(layers))
+            layer, i = layers[name], list(layers).index(name)
+            weight, g = layer.weight.float(), gradients[name].float()
             for j, form in enumerate(formats):
                 chosen = FORMATS[form]
                 if chosen is None:
                     found[i, j] = 0.0
                 elif _fits(model, name, layer, form):
-                    change = requantized(weight, chosen).sub_(weight)
-                    found[i, j] = 0.5 * float(((x @ change.T) * g).sum(-1).square().mean())
+                    four = gram is not None and chosen.bits == 4
+                    rounded = compensated(weight, chosen, gram).weight() if four else requantized(weight, chosen)
+                    change, x = rounded.sub_(weight), inputs[name]
+                    moved = x.float() @ change.T if x.is_floating_point() else change[x]
+                    found[i, j] = 0.5 * float((moved * g).sum(-1).square().mean())
     return found
 
 
 def _gradients(
-    model: "nn.Module", layers: "Mapping[str, nn.Linear]", seen: "Batches"
+    model: "nn.Module", layers: "Mapping[str, nn.Module]", seen: "Batches"
 ) -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
-    """Inputs [T, K] and gradients of the loss to the outputs [T, N] of each layer as bf16, over SEEN tokens of the batches."""
+    """Inputs [T, K] and gradients of the loss to the outputs [T, N] of each layer as bf16, over SEEN tokens of the batches.
+
+    The inputs of an embedding are its token ids [T].
+    """
     import torch
 
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -339,15 +373,18 @@ def _gradients(
 
     def after(name: str) -> Any:
         def keep(layer: Any, args: Any, out: Any) -> None:
-            inputs[name].append(args[0].detach().flatten(0, -2).bfloat16())
+            x = args[0].detach()
+            inputs[name].append(x.flatten(0, -2).bfloat16() if x.is_floating_point() else x.flatten())
+            if not out.requires_grad:  # an embedding of something else than tokens
+                out.requires_grad_(True)
             out.register_hook(lambda g: gradients[name].append(g.flatten(0, -2).bfloat16()))
 
         return keep
 
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    hooks = [layer.register_forward_hook(after(name)) for name, layer in layers.items()]
-    hooks.append(embedding.register_forward_hook(lambda layer, args, out: out.requires_grad_(True)))
+    hooks = [embedding.register_forward_hook(lambda layer, args, out: out.requires_grad_(True))]
+    hooks += [layer.register_forward_hook(after(name)) for name, layer in layers.items()]
     generator = torch.Generator().manual_seed(0)
     try:
         for p, _ in wanted:

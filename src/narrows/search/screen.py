@@ -7,9 +7,10 @@ as in an M/G/1 queue. Bursts, evictions, and shared prefixes that are lost are l
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from heapq import nlargest
 from itertools import product
 from typing import Any
 
@@ -20,11 +21,14 @@ from narrows.machine import Machine
 from narrows.measured.kernels import format_of, in_format
 from narrows.simulate.blocks import PIECE
 from narrows.simulate.fleet import Group, rules
-from narrows.simulate.serving import Request
+from narrows.simulate.requests import Request
+from narrows.simulate.speculation import Speculation
 from narrows.simulate.step_times import PS, StepTimes
+from narrows.step import Step
 
 USES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # shares of its time that a replica reads
 SAMPLES = 16  # prompts, evenly spaced by length, that stand for all
+ALIKE = 2  # replicas of the same price that are paired with others: the second, should the first fail in the simulation
 OWN = "own"  # the format that the model has
 
 
@@ -47,7 +51,8 @@ class Kind:
 class Job:
     """A load to serve on the devices there are: `share` of the requests must keep `ttft` and `tpot` (seconds).
 
-    Requests of more than `context` tokens are rejected (0: none is).
+    Requests of more than `context` tokens are rejected (0: none is). Replicas that decode are tried with each of
+    `speculations` too: how many tokens are kept depends on the text, so whoever asks must know.
     """
 
     graph: Graph
@@ -58,6 +63,7 @@ class Job:
     share: float = 0.9
     engine: str = "vllm-v1"
     context: int = 0
+    speculations: tuple[Speculation, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("kinds", "requests"):
@@ -94,6 +100,11 @@ class Job:
         left.sort()
         return tuple(left[min(int((i + 0.5) * len(left) / SAMPLES), len(left) - 1)] for i in range(SAMPLES))
 
+    @property
+    def typical(self) -> Step:
+        """The step that reads a prompt of mean length."""
+        return Step.prefill(1, max(sum(self.prompts) // SAMPLES, 1))
+
     @cached_property
     def output(self) -> float:
         """Mean tokens of an answer."""
@@ -110,7 +121,9 @@ class Space:
     """What is tried; formats that the machine or the model has not are left out."""
 
     tensor: tuple[int, ...] = (1, 2, 4, 8)
-    precision: tuple[str, ...] = (OWN, "fp8", "int8")
+    pipeline: tuple[int, ...] = (1, 2, 4)
+    experts: tuple[int, ...] = (1, 2, 4, 8)
+    precision: tuple[str, ...] = (OWN, "fp8", "int8", "int4")
     cache: tuple[str, ...] = (OWN, "fp8")
     max_sequences: tuple[int, ...] = (64, 128, 256, 512, 1024)
     max_tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
@@ -122,20 +135,33 @@ EVERY = Space()
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Equal replicas: `tensor` devices each, the sequences that run at a time, the rows of a step."""
+    """Equal replicas: the devices of each, and the sequences and rows of a batch.
+
+    Layers are cut over `tensor` devices and shared by `pipeline` stages, or the experts of a mixture by `experts` devices:
+    so many batches are under way at a time.
+    """
 
     machine: Machine
     tensor: int
     replicas: int
     max_sequences: int
     max_tokens: int
+    pipeline: int = 1
+    experts: int = 1
+
+    @property
+    def batches(self) -> int:
+        """That are under way in a replica at a time."""
+        return self.pipeline * self.experts
 
     @property
     def devices(self) -> int:
-        return self.tensor * self.replicas
+        return self.tensor * self.batches * self.replicas
 
     def __str__(self) -> str:
-        return f"{self.replicas} x {self.tensor} {self.machine.name} sequences={self.max_sequences} tokens={self.max_tokens}"
+        ways = "".join(f"{name}={getattr(self, name)} " for name in ("pipeline", "experts") if getattr(self, name) > 1)
+        size = f"{self.replicas} x {self.tensor * self.batches} {self.machine.name}"
+        return f"{size} {ways}sequences={self.max_sequences} tokens={self.max_tokens}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +173,7 @@ class Config:
     cache: str
     decode: Side
     prefill: Side | None = None
+    speculation: Speculation | None = None
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -169,15 +196,17 @@ class Config:
 
     def groups(self, job: Job) -> tuple[Group, Group | None]:
         """The groups of a simulation: of those that answer, and of those that read."""
-        return self._group(job, self.decode), self._group(job, self.prefill) if self.prefill else None
+        answers = replace(self._group(job, self.decode), speculation=self.speculation)
+        return answers, self._group(job, self.prefill) if self.prefill else None
 
     def _group(self, job: Job, side: Side) -> Group:
         own = rules(self.engine, max_sequences=side.max_sequences, max_tokens=side.max_tokens)
         graph = served(job.graph, self.precision, self.cache, side.machine)
-        return Group(graph, side.machine, own, side.tensor, side.replicas, context=job.context)
+        return Group(graph, side.machine, own, side.tensor, side.replicas, context=job.context, pipeline=side.pipeline,
+                     experts=side.experts)  # fmt: skip
 
     def __str__(self) -> str:
-        formats = f"weights={self.precision} cache={self.cache}"
+        formats = f"weights={self.precision} cache={self.cache}" + (f" {self.speculation}" if self.speculation else "")
         return f"{self.decode} {formats}" + (f", prompts on {self.prefill}" if self.prefill else "")
 
 
@@ -238,32 +267,49 @@ class _Tabled:
     side: Side
     precision: str
     cache: str
+    speculation: Speculation | None
     kind: Kind
     times: StepTimes
-    most: int  # sequences that it holds
+    most: int = 0  # sequences that a batch holds
 
 
 def _sides(job: Job, space: Space, found: Screened) -> Iterator[_Tabled]:
     """Every legal replica; what does not fit or is not there is counted with its reason."""
     most = rules(job.engine, max_sequences=max(space.max_sequences), max_tokens=max(space.max_tokens))
     for kind in job.kinds:
-        for tensor in (t for t in space.tensor if t <= min(kind.node, kind.count)):
-            seen: set[Graph] = set()
-            for precision, cache in product(space.precision, space.cache):
+        formats = _formats(job, space, kind.machine, found)
+        for side, (precision, cache, graph) in product(_cuts(job, space, kind), formats):
+            for speculation in (None, *job.speculations):
+                group = Group(graph, kind.machine, most, side.tensor, pipeline=side.pipeline, experts=side.experts,
+                              speculation=speculation)  # fmt: skip
                 try:
-                    graph = served(job.graph, precision, cache, kind.machine)
-                    if graph in seen:  # the model has this format already
-                        continue
-                    seen.add(graph)
-                    times = Group(graph, kind.machine, most, tensor).times()
+                    like = _Tabled(side, precision, cache, speculation, kind, group.times())
                 except NarrowsError as refusal:
                     found.reasons[f"{refusal.where}: {refusal.problem}"] += 1
                     continue
-                like = _Tabled(Side(kind.machine, tensor, 1, 0, 0), precision, cache, kind, times, 0)
-                yield from _sized(job, space, graph, like, found)
+                yield from _sized(job, space, group, like, found)
 
 
-def _sized(job: Job, space: Space, graph: Graph, like: _Tabled, found: Screened) -> Iterator[_Tabled]:
+def _cuts(job: Job, space: Space, kind: Kind) -> list[Side]:
+    """Every way to lay a replica over the devices of a node."""
+    mixture = any(op.split == "experts" for op in job.graph)
+    ways = product(space.tensor, space.pipeline, space.experts if mixture else (1,))
+    sides = [Side(kind.machine, tensor, 1, 0, 0, pipeline, experts) for tensor, pipeline, experts in ways]
+    return [s for s in sides if s.devices <= min(kind.node, kind.count) and 1 in (s.pipeline, s.experts)]
+
+
+def _formats(job: Job, space: Space, machine: Machine, found: Screened) -> list[tuple[str, str, Graph]]:
+    """The model in every format of weights and cache that the machine has; one that it has already is not tried twice."""
+    graphs: dict[Graph, tuple[str, str]] = {}
+    for precision, cache in product(space.precision, space.cache):
+        try:
+            graphs.setdefault(served(job.graph, precision, cache, machine), (precision, cache))
+        except NarrowsError as refusal:
+            found.reasons[f"{refusal.where}: {refusal.problem}"] += 1
+    return [(*names, graph) for graph, names in graphs.items()]
+
+
+def _sized(job: Job, space: Space, group: Group, like: _Tabled, found: Screened) -> Iterator[_Tabled]:
     """A replica with every number of sequences and rows."""
     longest = max(r.prompt + r.output for r in job.requests)
     for tokens in space.max_tokens:
@@ -273,7 +319,7 @@ def _sized(job: Job, space: Space, graph: Graph, like: _Tabled, found: Screened)
             side = replace(like.side, max_sequences=sequences, max_tokens=tokens)
             own = rules(job.engine, max_sequences=sequences, max_tokens=tokens)
             try:
-                room = Group(graph, side.machine, own, side.tensor).room() * own.block
+                room = replace(group, rules=own).room() * own.block
             except NarrowsError:
                 found.evaluated += 1
                 found.reasons["memory: weights, activations and logits leave no room for keys and values"] += 1
@@ -285,7 +331,7 @@ def _sized(job: Job, space: Space, graph: Graph, like: _Tabled, found: Screened)
 
 @dataclass(frozen=True, slots=True)
 class _Carries:
-    """What one replica does: requests a second within the limits (0: none) and at most, and the seconds then."""
+    """What one batch does, or a replica: requests a second within the limits (0: none) and at most, and the seconds then."""
 
     good: float
     full: float
@@ -293,33 +339,37 @@ class _Carries:
     tpot: float = 0.0
     batch: int = 0
 
+    def of(self, side: Side) -> "_Carries":
+        """That of all batches of a replica."""
+        return replace(self, good=self.good * side.batches, full=self.full * side.batches)
+
 
 def _together(job: Job, one: _Tabled) -> _Carries:
     """A replica that reads and answers."""
-    mixed = rules(job.engine).mixed
-    found = _Carries(0.0, 0.0)
+    mixed, found = rules(job.engine).mixed, _Carries(0.0, 0.0)
+    attends = [one.times.prompt(prompt, 0) for prompt in job.prompts]
     for batch in _batches(one.most):
         beside = batch if mixed else 0
         budget = one.side.max_tokens - beside
         step = _step(one.times, batch, job.held)
-        reads = [_read(one.times, prompt, budget, beside) for prompt in job.prompts]
+        reads = [_read(one.times, n, own, budget, beside) for n, own in zip(job.prompts, attends, strict=True)]
         mean = sum(reads) / SAMPLES
         rate, tpot = 1 / (mean + job.output * step / batch), step + mean * batch / job.output
         # every piece of a prompt waits for those that decode beside it
-        slow = 1 + step / _read(one.times, budget, budget, beside) if mixed else 1.0
+        slow = 1 + step / _read(one.times, budget, one.times.prompt(budget, 0), budget, beside) if mixed else 1.0
         ttft = step / 2 + _waits(job, rate, [r * slow for r in reads]) + max(step, reads[_at(job)] * slow)
         if ttft <= job.ttft and tpot <= job.tpot:
             found = _Carries(rate, rate, ttft, tpot, batch)
         else:
             found = replace(found, ttft=found.ttft or ttft, tpot=found.tpot or tpot)
         found = replace(found, full=rate)
-    return found
+    return found.of(one.side)
 
 
 def _reading(job: Job, one: _Tabled) -> _Carries:
     """A replica that reads prompts for others: those that wait are read together, in steps as large as there may be."""
     times, budget = one.times, one.side.max_tokens
-    alone = [_read(times, prompt, budget, 0) for prompt in job.prompts]
+    alone = [_read(times, prompt, times.prompt(prompt, 0), budget, 0) for prompt in job.prompts]
     together = [(times.rows(budget) * prompt / budget + times.prompt(prompt, 0)) / PS for prompt in job.prompts]
     full, mean = SAMPLES / sum(together), sum(alone) / SAMPLES
     found = _Carries(0.0, full)
@@ -328,7 +378,7 @@ def _reading(job: Job, one: _Tabled) -> _Carries:
         ttft = min(1.0, rate * mean) * mean / 2 + _waits(job, rate, together) + alone[_at(job)]
         if ttft <= job.ttft:
             found = _Carries(rate, full, ttft)
-    return found
+    return found.of(one.side)
 
 
 def _writing(job: Job, one: _Tabled) -> _Carries:
@@ -340,7 +390,7 @@ def _writing(job: Job, one: _Tabled) -> _Carries:
         found = replace(found, full=rate, tpot=found.tpot or step)
         if step <= job.tpot:
             found = _Carries(rate, rate, 0.0, step, batch)
-    return found
+    return found.of(one.side)
 
 
 def _apart(job: Job, sides: list[_Tabled], found: Screened) -> None:
@@ -348,19 +398,30 @@ def _apart(job: Job, sides: list[_Tabled], found: Screened) -> None:
     readers: dict[tuple[Any, ...], tuple[_Tabled, _Carries]] = {}
     writers: dict[tuple[Any, ...], tuple[_Tabled, _Carries]] = {}
     for one in sides:  # the first of equals has the fewest sequences, or rows: it has the most room
-        cut = one.precision, one.cache, one.side.machine.name, one.side.tensor
-        if (*cut, one.side.max_tokens) not in readers:
-            readers[*cut, one.side.max_tokens] = one, _reading(job, one)
-        if (*cut, one.side.max_sequences) not in writers:
-            writers[*cut, one.side.max_sequences] = one, _writing(job, one)
-    for reader, reads in readers.values():
+        size = one.side
+        cut = one.precision, one.cache, one.speculation, size.machine.name, size.tensor, size.pipeline, size.experts
+        if one.speculation is None and (*cut, size.max_tokens) not in readers:
+            readers[*cut, size.max_tokens] = one, _reading(job, one)
+        if (*cut, size.max_sequences) not in writers:
+            writers[*cut, size.max_sequences] = one, _writing(job, one)
+    found.evaluated += len(readers) + len(writers)
+    for reader, reads in _best(readers.values()):
         if not reader.side.machine.links:
             found.reasons[f"links: {reader.side.machine.name} has none over which keys and values could leave"] += 1
             continue
-        for writer, answers in writers.values():
+        for writer, answers in _best(writers.values()):
             if (reader.precision, reader.cache) == (writer.precision, writer.cache):
                 found.evaluated += 1
                 _put(job, found, writer, answers, reader, reads)
+
+
+def _best(sides: Iterable[tuple[_Tabled, _Carries]]) -> list[tuple[_Tabled, _Carries]]:
+    """Of replicas that cost the same, the ALIKE that carry most: whatever they are paired with, no other does better."""
+    alike: dict[tuple[Any, ...], list[tuple[_Tabled, _Carries]]] = {}
+    for one, carries in sides:
+        key = one.precision, one.cache, one.speculation is None, one.side.machine.name, one.side.devices
+        alike.setdefault(key, []).append((one, carries))
+    return [pair for those in alike.values() for pair in nlargest(ALIKE, those, key=lambda pair: pair[1].good)]
 
 
 def _put(job: Job, found: Screened, writer: _Tabled, answers: _Carries, reader: _Tabled | None = None,
@@ -376,7 +437,7 @@ def _put(job: Job, found: Screened, writer: _Tabled, answers: _Carries, reader: 
         return
     many, few = max(ways, key=lambda way: min(way[0] * answers.good, way[1] * reads.good))
     side = replace(reader.side, replicas=few) if reader else None
-    config = Config(job.engine, writer.precision, writer.cache, replace(writer.side, replicas=many), side)
+    config = Config(job.engine, writer.precision, writer.cache, replace(writer.side, replicas=many), side, writer.speculation)
     rate = min(many * answers.good, few * reads.good)
     if rate < job.rate:
         found.reasons["devices: all there are carry less than the load within the limits"] += 1
@@ -386,15 +447,15 @@ def _put(job: Job, found: Screened, writer: _Tabled, answers: _Carries, reader: 
 
 def _ways(job: Job, writer: _Tabled, answers: _Carries, reader: _Tabled | None, reads: _Carries) -> list[tuple[int, int]]:
     """(replicas that answer, that read): as many as the load wants, or every way to share all devices between them."""
-    most = writer.kind.count // writer.side.tensor
+    most = writer.kind.count // writer.side.devices
     many, few = (math.ceil(min(job.rate, 1e9) / one.good) or 1 for one in (answers, reads))
     if reader is None:
         return [(min(many, most), 1)]
-    free = reader.kind.count // reader.side.tensor
+    free = reader.kind.count // reader.side.devices
 
     def beside(answering: int) -> int:
-        used = answering * writer.side.tensor if reader.kind is writer.kind else 0
-        return min(free, (reader.kind.count - used) // reader.side.tensor)
+        used = answering * writer.side.devices if reader.kind is writer.kind else 0
+        return min(free, (reader.kind.count - used) // reader.side.devices)
 
     if many <= most and few <= beside(many):
         return [(many, few)]
@@ -418,11 +479,11 @@ def _step(times: StepTimes, batch: int, held: int) -> float:
     return (times.rows(batch) + times.outputs(batch) + times.host(batch) + attention) / PS
 
 
-def _read(times: StepTimes, prompt: int, budget: int, beside: int) -> float:
-    """Seconds that reading a prompt in pieces adds to steps in which `beside` sequences decode (0: to none)."""
+def _read(times: StepTimes, prompt: int, attention: int, budget: int, beside: int) -> float:
+    """Seconds that reading a prompt in pieces adds to steps in which `beside` sequences decode (0: none); `attention` in ps."""
     piece = min(prompt, budget)
-    rows = times.rows(beside + piece) - times.rows(beside) if beside else times.rows(piece) + times.outputs(1) + times.host(1)
-    return (rows * prompt / piece + times.prompt(prompt, 0)) / PS
+    rows = times.reading(piece, beside) + (0 if beside else times.outputs(1) + times.host(1))
+    return (rows * prompt / piece + attention) / PS
 
 
 def _at(job: Job) -> int:

@@ -11,24 +11,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from narrows import energy
-from narrows.diagnose import diagnose
+from narrows.diagnose import diagnose, seconds
 from narrows.measured.table import Forecast
-from narrows.search.screen import EVERY, SAMPLES, Config, Job, Point, Screened, Side, Space, screen, served
+from narrows.plan import Plan
+from narrows.search.screen import EVERY, OWN, Config, Job, Point, Screened, Side, Space, screen
 from narrows.simulate.closed_loop import preset
 from narrows.simulate.fleet import serve
 from narrows.simulate.outcome import Outcome
 from narrows.step import Step
 from narrows.validate import interval
+from narrows.verify import known_quality
 
 BRIEF = 4  # answers that a load must last for, or it is over before the replicas are full
 TRIES = 4  # simulations of one finalist, with more or fewer replicas
+STANDS_FOR = {"int4": "bf16 + awq:group=64"}  # formats of weights, and the plan whose verification tells what they cost
 
 
 @dataclass(frozen=True)
 class Choice:
     """A deployment with what its clients see; `outcome` is None where no simulation confirmed it.
 
-    interval   80 %, of the mean seconds to the first token and per further token
+    interval   80 %, of goodput and of the mean seconds to the first token and per further token: simulated again with every
+               step as short, and as long, as the cost model's interval says; scaled so where nothing is simulated
     dollars_per_mtoken, joules_per_token   of output; None where a machine's file does not say
     """
 
@@ -63,9 +67,9 @@ class ServePlan:
         """What else to know of the answer."""
         answer = next((c.outcome.e2e.mean for c in self.best if c.outcome and c.keeps), 0.0)
         lasts = len(self.job.requests) / self.job.rate
-        if answer * BRIEF < lasts:
-            return ()
-        return (f"The load lasts {lasts:.1f} s and an answer takes {answer:.1f} s: give more requests for a steady state.",)
+        brief = f"The load lasts {lasts:.1f} s and an answer takes {answer:.1f} s: give more requests for a steady state."
+        known = dict.fromkeys(line for choice in self.best for line in taken_for_granted(choice.config))
+        return (*([brief] if answer * BRIEF >= lasts else []), *known)
 
 
 def plan_serve(job: Job, space: Space = EVERY, keep: int = 5, confirm: int = 12,
@@ -87,7 +91,27 @@ def plan_serve(job: Job, space: Space = EVERY, keep: int = 5, confirm: int = 12,
     own = next((c for c in ranked if c.config.exact), None)
     if own is not None and own not in best:  # who does not want other formats sees what they would save
         best[-1] = own if own.outcome or not confirm or stop() else _confirmed(job, own.point)
+    best = [choice if stop() else replace(choice, interval=_interval(job, choice)) for choice in best]
     return ServePlan(job, found.evaluated, time.perf_counter() - begun, tuple(best), _why_not(job, found, best))
+
+
+def taken_for_granted(config: Config) -> list[str]:
+    """What a deployment rests on that nobody measured here, and what its formats cost in quality where somebody did."""
+    found = []
+    formats = ("weights", config.precision), ("cache", config.cache)
+    for what, name in ((what, name) for what, name in formats if name != OWN):
+        known = known_quality(Plan.parse(STANDS_FOR[name])) if what == "weights" and name in STANDS_FOR else None
+        price = "what it costs in quality was not measured"
+        if known:
+            measure, ratio, model = known
+            price = f"{measure} times {ratio:.3f} with {STANDS_FOR[name]} on {model} (results/verified.csv), not on this model"
+        found.append(f"{what}={name}: {price}.")
+    if config.speculation:
+        kept = config.speculation.acceptance
+        found.append(f"{config.speculation}: that {kept:.0%} of the proposed tokens are kept was given, not measured.")
+    if any(side.experts > 1 for side in config.sides):
+        found.append("experts: all get equally many tokens, and devices that share them are in step.")
+    return found
 
 
 def _cost(job: Job, config: Config) -> float:
@@ -105,7 +129,7 @@ def _finalists(job: Job, points: list[Point], confirm: int) -> list[Point]:
     for point in sorted(points, key=key):
         config = point.config
         names = tuple(side.machine.name for side in config.sides)
-        families.setdefault((names, config.precision, config.cache), []).append(point)
+        families.setdefault((names, config.precision, config.cache, config.speculation is None), []).append(point)
     turns = [points[turn] for turn in range(2) for points in families.values() if turn < len(points)]
     return sorted(turns[: max(confirm, len(families))], key=key)
 
@@ -139,14 +163,53 @@ def _neighbour(job: Job, choice: Choice, more: int) -> Point | None:
     return replace(choice.point, config=new, rate=choice.point.rate * scale, full=choice.point.full * scale)
 
 
-def _simulated(job: Job, point: Point) -> Choice:
-    seen = serve(job.requests, *point.config.groups(job), ttft=job.ttft, tpot=job.tpot)
+def _simulated(job: Job, point: Point, scales: tuple[float, ...] = (1.0, 1.0)) -> Choice:
+    """A deployment whose steps take `scales` times as long: those of replicas that answer, and that read for them."""
+    group, reader = point.config.groups(job)
+    reader = reader and replace(reader, scale=scales[1])
+    seen = serve(job.requests, replace(group, scale=scales[0]), reader, ttft=job.ttft, tpot=job.tpot)
     attained = seen.good / max(seen.requests + seen.rejected, 1)
     # a load that is kept up with could go on: the time that the last answers take is not counted
     lasts = seen.seconds if attained < job.share or math.isinf(job.rate) else len(job.requests) / job.rate
     lasts = max(lasts, 1e-12)
     ttft, tpot = seen.ttft.as_json(), seen.tpot.as_json()
     return _choice(job, point, seen.good / lasts, attained, ttft, tpot, seen.tokens / lasts, seen)
+
+
+def _interval(job: Job, choice: Choice) -> dict[str, tuple[float, float]]:
+    """80 % intervals of a choice: the whole load once more, with steps at either end of theirs."""
+
+    def figures(one: Choice) -> tuple[float, float, float]:
+        return one.goodput, next(iter(one.ttft.values())), next(iter(one.tpot.values()))
+
+    ends = [figures(choice)]
+    for answers, reads in zip(*_scales(job, choice), strict=True):
+        if choice.outcome:
+            ends.append(figures(_simulated(job, choice.point, (answers, reads))))
+        else:
+            _, first, each = ends[0]
+            ends.append((min(job.rate, choice.point.rate / max(answers, reads)), first * reads, each * answers))
+    spans = [(min(values), max(values)) for values in zip(*ends, strict=True)]
+    return dict(zip(("goodput", "ttft_s", "tpot_s"), spans, strict=True))
+
+
+def _scales(job: Job, choice: Choice) -> list[tuple[float, float]]:
+    """Factors (low, high) on the steps of replicas that answer, and on those of replicas that read for them.
+
+    As wide as the spread of the kernels in a request's steps, and as what predictions of this engine were off where it was
+    measured (`narrows validate`), whichever is wider.
+    """
+    config, batch = choice.config, max(choice.point.batch, 1)
+    place = f"{job.graph.name} {config.decode.machine.name}"
+    off = interval(Forecast("plan", math.nan, 1.0, f"tpot-{preset(job.engine.split('-')[0])}", 0.0, place))
+    group, reader = config.groups(job)
+    write, read = (
+        [float(s) * times for s in seconds(one.share, one.machine, step, one.devices)]
+        for one, step, times in ((group, Step.decode(batch, job.held), job.output / batch), (reader or group, job.typical, 1.0))
+    )
+    both = [a + b for a, b in zip(write, read, strict=True)]
+    spans = (write, read) if reader else (both, both)
+    return [(min(low / middle, off[0]), max(high / middle, off[1])) for middle, low, high in spans]
 
 
 def _unconfirmed(job: Job, point: Point) -> Choice:
@@ -158,11 +221,6 @@ def _unconfirmed(job: Job, point: Point) -> Choice:
 def _choice(job: Job, point: Point, goodput: float, attained: float | None, ttft: dict[str, float], tpot: dict[str, float],
             tokens_per_second: float, outcome: Outcome | None) -> Choice:  # fmt: skip
     config = point.config
-    place, key = f"{job.graph.name} {config.decode.machine.name}", f"tpot-{preset(job.engine.split('-')[0])}"
-    spans = {
-        name: interval(Forecast("plan", math.nan, next(iter(values.values())), by, 0.0, place))
-        for name, values, by in (("ttft_s", ttft, "simulated-ttft"), ("tpot_s", tpot, key))
-    }
     dollars = config.dollars_per_hour
     return Choice(
         point,
@@ -170,7 +228,7 @@ def _choice(job: Job, point: Point, goodput: float, attained: float | None, ttft
         attained,
         ttft,
         tpot,
-        spans,
+        {},
         None if dollars is None else dollars / 3600 / tokens_per_second * 1e6 if tokens_per_second else math.inf,
         _joules(job, config, point.batch, tokens_per_second, min(1.0, tokens_per_second / job.output / point.full)),
         outcome,
@@ -180,19 +238,23 @@ def _choice(job: Job, point: Point, goodput: float, attained: float | None, ttft
 
 def _joules(job: Job, config: Config, batch: int, tokens_per_second: float, busy: float) -> float | None:
     """Joules for a token of output: its step, its share of reading the prompt, and of the devices while they wait."""
-    reader = config.prefill or config.decode
     draws = [energy.power(side.machine) for side in config.sides]
     if not tokens_per_second or not all(draws):
         return None
-    write, read = (
-        diagnose(served(job.graph, config.precision, config.cache, side.machine), side.machine, step, side.tensor).energy
-        for side, step in ((config.decode, Step.decode(max(batch, 1), job.held)),
-                           (reader, Step.prefill(1, max(sum(job.prompts) // SAMPLES, 1))))
-    )  # fmt: skip
-    if write is None or read is None:
-        return None
+    group, reader = config.groups(job)
+    drafts, many = config.speculation, max(batch, 1)
+    ahead, taken = (drafts.ahead, drafts.taken) if drafts else (0, 1.0)
+    steps = [(group, group.share, Step(many, 1 + ahead, job.held, phase="decode"), 1 / (many * taken)),
+             ((reader or group), (reader or group).share, job.typical, 1 / job.output)]  # fmt: skip
+    if drafts and drafts.draft:
+        steps.append((group, drafts.draft, Step.decode(many, job.held), ahead / (many * taken)))
+    work = 0.0
+    for one, graph, step, share in steps:
+        spent = diagnose(graph, one.machine, step, one.devices).energy
+        if spent is None:
+            return None
+        work += spent.joules * one.devices * share
     waiting = sum(draw.idle * side.devices for draw, side in zip(draws, config.sides, strict=True) if draw)
-    work = write.joules * config.decode.tensor / max(batch, 1) + read.joules * reader.tensor / job.output
     return work + waiting * (1 - busy) / tokens_per_second
 
 
@@ -213,8 +275,10 @@ def as_json(plan: ServePlan) -> dict[str, Any]:
     """A plan as plain data: the stable contract of `narrows plan serve --json` (SI units)."""
 
     def side(one: Side | None) -> dict[str, Any] | None:
-        return None if one is None else {"machine": one.machine.name, "tensor": one.tensor, "replicas": one.replicas,
-                        "max_sequences": one.max_sequences, "max_tokens": one.max_tokens}  # fmt: skip
+        if one is None:
+            return None
+        names = ("tensor", "pipeline", "experts", "replicas", "max_sequences", "max_tokens")
+        return {"machine": one.machine.name, **{name: getattr(one, name) for name in names}}
 
     def plain(choice: Choice) -> dict[str, Any]:
         config = choice.config
@@ -227,6 +291,7 @@ def as_json(plan: ServePlan) -> dict[str, Any]:
                 "devices": config.devices,
                 **(side(config.decode) or {}),
                 "prefill": side(config.prefill),
+                "speculation": config.speculation and str(config.speculation),
             },
             "goodput": choice.goodput,
             "attained": choice.attained,
@@ -237,6 +302,7 @@ def as_json(plan: ServePlan) -> dict[str, Any]:
             "energy_j_per_token": choice.joules_per_token,
             "interval": {name: list(span) for name, span in choice.interval.items()},
             "confirmed_by_simulation": choice.outcome is not None,
+            "taken_for_granted": taken_for_granted(config),
         }
 
     job = plan.job

@@ -8,7 +8,7 @@ from itertools import chain, cycle, islice
 from narrows.errors import NarrowsError
 from narrows.simulate.fleet import Group, serve
 from narrows.simulate.outcome import Outcome
-from narrows.simulate.serving import Answer, Request
+from narrows.simulate.requests import Answer, Request
 from narrows.simulate.step_times import PS
 from narrows.simulate.timeline import Span, Timeline
 
@@ -27,7 +27,7 @@ def saturation(requests: Iterable[Request], group: Group, prefill: Group | None 
     ends: list[int] = []
     once = [replace(request, arrival=0) for request in islice(requests, MOST)]
     again = [replace(request, hashes=()) for request in once]  # whose prompts nobody has read before
-    count = max(len(once), TIMES * group.replicas * group.rules.max_sequences)
+    count = max(len(once), TIMES * group.engines * group.rules.max_sequences)
     serve(islice(chain(once, cycle(again)), count), group, prefill, each=lambda answer: ends.append(answer.last))
     ends.sort()
     low, high = len(ends) // 5, len(ends) * 4 // 5

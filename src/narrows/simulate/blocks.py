@@ -7,6 +7,8 @@ is in it can be found: the rest of a sequence that was evicted, or a piece of a 
 from collections import deque
 from collections.abc import Sequence
 
+from narrows.simulate.tiers import Tiers
+
 PIECE = 512  # tokens that one hash of a prompt names, as in Mooncake's traces
 
 
@@ -20,10 +22,10 @@ class Stretch:
 
 
 class Pool:
-    """`blocks` blocks of `block` tokens each."""
+    """`blocks` blocks of `block` tokens each; pieces that they forget go to `tiers` below."""
 
-    def __init__(self, blocks: int, block: int) -> None:
-        self.free = blocks
+    def __init__(self, blocks: int, block: int, tiers: Tiers | None = None) -> None:
+        self.free, self._tiers = blocks, tiers or Tiers()
         self._per = max(PIECE // block, 1)  # blocks of a piece
         self._queue = deque([Stretch(blocks)])
         self._held: dict[int, int] = {}  # pieces in use, and by how many
@@ -40,6 +42,7 @@ class Pool:
             count -= taken
             if taken and first.piece is not None:
                 self._idle.pop(first.piece, None)
+                self._tiers.put(first.piece)
                 first.piece = None
             if not first.count:
                 queue.popleft()
@@ -56,34 +59,45 @@ class Pool:
         self.free -= count
         stretch.count -= count
 
-    def match(self, hashes: Sequence[int], tokens: int) -> Sequence[int]:
+    def match(self, hashes: tuple[int, ...], tokens: int) -> tuple[int, ...]:
         """The leading pieces that are there, of a prompt of which at least one token must be read."""
         count = 0
         for name in hashes[: (tokens - 1) // PIECE]:
-            if name not in self._held and name not in self._idle:
+            if not self._here(name) and self._tiers.find(name) < 0:
                 break
             count += 1
         return hashes[:count]
 
+    def _here(self, name: int) -> bool:
+        return name in self._held or name in self._idle
+
     def idle(self, pieces: Sequence[int]) -> int:
         """Free blocks that holding these pieces takes."""
-        return self._per * sum(name in self._idle for name in pieces)
+        return self._per * sum(name not in self._held for name in pieces)
 
     def blocks(self, pieces: Sequence[int]) -> int:
         """Blocks of pieces, whoever holds them."""
         return self._per * len(pieces)
 
-    def hold(self, pieces: Sequence[int]) -> None:
-        """One more sequence holds these pieces."""
+    def below(self, pieces: Sequence[int]) -> list[tuple[int, int]]:
+        """(piece, its tier) of those that are not here but further down."""
+        return [(name, self._tiers.find(name)) for name in pieces if not self._here(name)]
+
+    def hold(self, pieces: Sequence[int]) -> int:
+        """One more sequence holds these pieces; picoseconds in which those that lie further down come up."""
+        away = [name for name, _ in self.below(pieces)]
         for name in pieces:
             stretch = self._idle.pop(name, None)
             if stretch is not None:
                 self.reclaim(stretch, self._per)
             self._held[name] = self._held.get(name, 0) + 1
+        took = sum(self._tiers.fetch(name) for name in away)
+        self.take(self._per * len(away))
+        return took
 
     def keep(self, hashes: Sequence[int], tokens: int) -> list[int]:
         """A prompt was read: its whole pieces that nobody else has can be found from now on; its sequence holds them."""
-        new = [name for name in hashes[: tokens // PIECE] if name not in self._held and name not in self._idle]
+        new = [name for name in hashes[: tokens // PIECE] if not self._here(name)]
         for name in new:
             self._held[name] = 1
         return new

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from narrows.errors import NarrowsError, closest
 from narrows.simulate.fleet import Group, serve
 from narrows.simulate.outcome import Outcome
-from narrows.simulate.serving import Request
+from narrows.simulate.requests import Request
 from narrows.simulate.step_times import PS
 
 NEAR = 1.02  # rates this close together count as one

@@ -14,10 +14,18 @@ from narrows.errors import NarrowsError, closest
 from narrows.footprint import footprint
 from narrows.graph import Graph
 from narrows.machine import Link, Machine
+from narrows.parallel import expert_parallel, pipelined
+from narrows.simulate.blocks import PIECE
 from narrows.simulate.closed_loop import constants
 from narrows.simulate.outcome import Outcome
-from narrows.simulate.serving import Answer, Engine, Request, Rules
-from narrows.simulate.step_times import PS, Overlap, StepTimes
+from narrows.simulate.requests import Answer, Request
+from narrows.simulate.rules import Rules
+from narrows.simulate.scaling import Replicas, Scaling, source_bytes_per_s
+from narrows.simulate.serving import Engine
+from narrows.simulate.sharing import Sharing, Streams
+from narrows.simulate.speculation import Speculation, Speculative
+from narrows.simulate.step_times import PS, Overlap, Shelf, StepTimes
+from narrows.simulate.tiers import Tier, Tiers
 from narrows.step import Step
 
 VISIBLE = 0.98  # of the datasheet's memory that the driver shows: an RTX 4090 reports 25.25 of 25.77 GB
@@ -56,6 +64,14 @@ class Group:
     overlap  of products, memory and network within a step (None: one after another)
     wire     over which keys and values leave where prompts are read apart (None: the machine's own link)
     streams  they leave layer by layer while a prompt is read, not after it
+    sharing  prompts are read on a share of the device beside decoding on the rest (None: in the same steps, or in turn)
+    pipeline stages that share the layers evenly: as many batches are under way, each with its share of the room
+    experts  devices that share the experts of a mixture, each with sequences of its own; they are taken to be in step
+    speculation   a draft proposes tokens which the model checks together (None: one token a step)
+    scaling  replicas come and go with the load, `replicas` at the most (None: they are always there)
+    shelf    drives of a replica that hold its keys and values (None: they lie in the device's memory)
+    cap_watts   of a device, under which its clock falls as far as its steps need (0: no cap)
+    host_bytes, disk_bytes   of a replica's host and disk, for keys and values of prompts that its devices have no room for
     """
 
     graph: Graph
@@ -70,10 +86,47 @@ class Group:
     overlap: Overlap | None = None
     wire: Link | None = None
     streams: bool = False
+    sharing: Sharing | None = None
+    pipeline: int = 1
+    experts: int = 1
+    speculation: Speculation | None = None
+    scaling: Scaling | None = None
+    shelf: Shelf | None = None
+    cap_watts: float = 0.0
+    host_bytes: float = 0.0
+    disk_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("overlap", "sharing", "speculation", "shelf", "cap_watts") if getattr(self, name)]
+        if len(given) > 1:
+            raise NarrowsError(f"{' and '.join(given)}: each changes how long a step takes, and not together.", where="group",
+                               remedy="Give one of them.")  # fmt: skip
+        if self.scaling and self.pipeline * self.experts > 1:
+            raise NarrowsError("replicas of several batches do not come and go.", where="autoscaling",
+                               remedy="Leave pipeline and experts out, or keep all replicas.")  # fmt: skip
+
+    @property
+    def engines(self) -> int:
+        """Batches that are under way at a time, in all replicas."""
+        return self.replicas * self.pipeline * self.experts
+
+    @property
+    def share(self) -> Graph:
+        """What the devices that read one batch execute: with what it costs to share layers and experts with others."""
+        return _share(self.graph, self.experts, self.pipeline)
 
     def times(self) -> StepTimes:
         """The times of its steps, with what the engine adds."""
-        return _times(replace(self, replicas=1, blocks=0, utilization=1.0, wire=None, streams=False))
+        return _times(replace(self._timed(), sharing=None))
+
+    def cuts(self) -> Streams | None:
+        """What a share of the device makes of its steps, where it is shared."""
+        return _streams(self._timed()) if self.sharing else None
+
+    def _timed(self) -> "Group":
+        """What the times of its steps depend on."""
+        return replace(self, graph=self.share, replicas=1, blocks=0, utilization=1.0, context=0, wire=None, streams=False,
+                       pipeline=1, experts=1, scaling=None, host_bytes=0.0, disk_bytes=0.0)  # fmt: skip
 
     def room(self) -> int:
         """Blocks of keys and values that a replica holds.
@@ -83,12 +136,14 @@ class Group:
         """
         if self.blocks:
             return self.blocks
-        step = Step.prefill(1, min(self.rules.max_tokens, 32768))
-        own = prepared(self.graph, step, self.machine, self.devices)
-        logits = max((float(op["outputs"]) for op in own if op.split == "vocabulary" and op.kind == "linear"), default=0.0)  # type: ignore[arg-type]
-        used = float(own.weight_bytes) + float(footprint(own, step).activation_bytes)
+        draft, tokens = self._draft(), min(self.rules.max_tokens, 32768)
+        weights, activations, logits = _taken(self.share, self.machine, self.devices, tokens)
+        used = weights / self.pipeline + activations
+        used += _taken(draft, self.machine, self.devices, tokens)[0] if draft else 0.0
         used += SAMPLER * 4 * min(self.rules.max_sequences, 1024) * logits + CONTEXT_BYTES
         left = self.machine.memory.capacity_bytes * VISIBLE * self.utilization - used
+        if self.shelf and left > 0:
+            left = self.shelf.room_bytes / self.devices
         blocks = int(left / (self.token_bytes() * self.rules.block))
         if blocks < 1:
             raise NarrowsError(
@@ -100,17 +155,58 @@ class Group:
 
     def token_bytes(self) -> float:
         """Bytes of keys and values of one token, per device."""
-        own = prepared(self.graph, Step.decode(1, 4096), self.machine, self.devices)
-        one, two = (float(footprint(own, Step.decode(1, n)).kv_bytes) for n in (4095, 8191))
-        return (two - one) / 4096 or one / 4096
+        return sum(_token_bytes(graph, self.machine, self.devices) for graph in (self.graph, self._draft()) if graph)
+
+    def tiers(self) -> tuple[Tier, ...]:
+        """What lies below its memory; raises NarrowsError for the host's where no link leads there."""
+        piece, found = PIECE * self.token_bytes(), []
+        for name, room in (("host", self.host_bytes), ("disk", self.disk_bytes)):
+            if room:
+                pieces = int(room / (piece * self.devices))
+                found.append(Tier(name, pieces, round(piece / source_bytes_per_s(self.machine, self.devices, name) * PS)))
+        return tuple(found)
+
+    def _draft(self) -> Graph | None:
+        return self.speculation.draft if self.speculation else None
+
+
+@lru_cache(maxsize=256)
+def _share(graph: Graph, experts: int, pipeline: int) -> Graph:
+    return pipelined(expert_parallel(graph, experts), pipeline)
+
+
+@lru_cache(maxsize=1024)  # a plan asks for the room of the same replica with every number of sequences
+def _taken(graph: Graph, machine: Machine, devices: int, tokens: int) -> tuple[float, float, float]:
+    """Bytes of weights and of activations per device in a step that reads so many tokens, and the width of its logits."""
+    step = Step.prefill(1, tokens)
+    own = prepared(graph, step, machine, devices)
+    logits = max((float(op["outputs"]) for op in own if op.split == "vocabulary" and op.kind == "linear"), default=0.0)  # type: ignore[arg-type]
+    return float(own.weight_bytes), float(footprint(own, step).activation_bytes), logits
+
+
+@lru_cache(maxsize=256)
+def _token_bytes(graph: Graph, machine: Machine, devices: int) -> float:
+    own = prepared(graph, Step.decode(1, 4096), machine, devices)
+    one, two = (float(footprint(own, Step.decode(1, n)).kv_bytes) for n in (4095, 8191))
+    return (two - one) / 4096 or one / 4096
 
 
 @lru_cache(maxsize=64)
 def _times(group: Group) -> StepTimes:
     engine = _presets().get(group.rules.name, {}).get("times", "vllm")
     c = constants(engine)
-    return StepTimes(group.graph, group.machine, group.devices, group.rules.max_tokens, group.rules.max_sequences,
-                     c["decode"] * group.scale, c["step_ms"] * 1e-3, c["sequence_us"] * 1e-6, group.overlap)  # fmt: skip
+    sizes = group.devices, group.rules.max_tokens, group.rules.max_sequences
+    added = c["decode"] * group.scale, c["step_ms"] * 1e-3, c["sequence_us"] * 1e-6
+    if group.speculation:
+        return Speculative(group.speculation, group.graph, group.machine, *sizes, *added)
+    return StepTimes(group.graph, group.machine, *sizes, *added, group.overlap, group.shelf, group.cap_watts)
+
+
+@lru_cache(maxsize=64)
+def _streams(group: Group) -> Streams:
+    ready = prepared(group.graph, Step.decode(1, 1), group.machine, group.devices)
+    return Streams(group.sharing or Sharing(), ready, group.machine, group.rules.max_tokens,
+                   lambda part: _times(replace(group, machine=part, sharing=None)))  # fmt: skip
 
 
 Route = Callable[[Request, list[Engine]], int]
@@ -148,6 +244,15 @@ def serve(
             each(answer)
 
     requests = _within(requests, group.context, outcome) if group.context else requests
+    if prefill is None and group.scaling:
+        one = replace(group, replicas=1)
+        changing = Replicas(group.scaling, group.replicas, lambda ready: _started(one, done, outcome, ready)[0], outcome.count)
+        for request in requests:
+            there = changing.at(request.arrival)
+            there[route(request, there)].push(request)
+        changing.close()
+        outcome.close((), changing.paid / PS, changing.starts)
+        return outcome
     if prefill is None:
         replicas = _started(group, done, outcome)
         for request in requests:
@@ -156,7 +261,7 @@ def serve(
             replicas[route(request, replicas)].push(request)
         for engine in replicas:
             engine.advance()
-        outcome.close(replicas)
+        outcome.close(replicas, group.replicas * outcome.seconds)
         return outcome
     return _apart(requests, prefill, group, route, done, outcome)
 
@@ -169,12 +274,14 @@ def _within(requests: Iterable[Request], context: int, outcome: Outcome) -> Iter
             yield request
 
 
-def clients(requests: Iterable[Request], group: Group, count: int) -> Outcome:
-    """What so many clients see who each send their next request to one replica when the last is answered.
+def clients(requests: Iterable[Request], group: Group, count: int, ttft: float = math.inf, tpot: float = math.inf,
+            each: Callable[[Answer], None] | None = None) -> Outcome:  # fmt: skip
+    """What so many clients see who each send their next request to one replica when the last is answered; else as `serve`.
 
     Arrivals of the requests do not count.
     """
-    outcome, queue = Outcome(), iter(requests)
+    outcome = Outcome(ttft, tpot)
+    queue = iter(_within(requests, group.context, outcome) if group.context else requests)
 
     def send(now: int) -> None:
         following = next(queue, None)
@@ -183,28 +290,37 @@ def clients(requests: Iterable[Request], group: Group, count: int) -> Outcome:
 
     def done(answer: Answer) -> None:
         outcome.add(answer)
+        if each is not None:
+            each(answer)
         send(answer.last)
 
     def reject(request: Request, why: str) -> None:
         outcome.reject(request, why)
         send(request.arrival)
 
-    engine = Engine(group.times(), group.rules, group.room(), done, reject, outcome.pace)
+    engine = Engine(group.times(), group.rules, group.room(), done, reject, outcome.pace, group.cuts(),
+                    tiers=Tiers(group.tiers()))  # fmt: skip
     for _ in range(count):
         send(0)
     engine.advance()
-    outcome.close([engine])
+    outcome.close([engine], outcome.seconds)
     return outcome
 
 
-def _started(group: Group, emit: Callable[[Answer], None], outcome: Outcome) -> list[Engine]:
-    times, blocks = group.times(), group.room()
-    return [Engine(times, group.rules, blocks, emit, outcome.reject, outcome.pace) for _ in range(group.replicas)]
+def _started(group: Group, emit: Callable[[Answer], None], outcome: Outcome, ready: int = 0) -> list[Engine]:
+    times, blocks, cuts, tiers = group.times(), group.room(), group.cuts(), group.tiers()
+    return [
+        Engine(times, group.rules, blocks, emit, outcome.reject, outcome.pace, cuts, ready, Tiers(tiers))
+        for _ in range(group.engines)
+    ]
 
 
 def _apart(requests: Iterable[Request], prefill: Group, decode: Group, route: Route, done: Callable[[Answer], None],
            outcome: Outcome) -> Outcome:  # fmt: skip
     """Prompts are read by one group; then their keys and values travel to another, which decodes."""
+    if prefill.scaling or decode.scaling:
+        raise NarrowsError("replicas that come and go read prompts and decode.", where="disaggregated",
+                           remedy="Leave autoscaling out, or read prompts together.")  # fmt: skip
     wire = prefill.wire or prefill.machine.link or prefill.machine.host_link
     if wire is None:
         raise NarrowsError(f"{prefill.machine.name} has no link.", where="disaggregated", remedy="Give one, or serve together.")
@@ -254,5 +370,5 @@ def _apart(requests: Iterable[Request], prefill: Group, decode: Group, route: Ro
     deliver(None)
     for engine in writers:
         engine.advance()
-    outcome.close([*readers, *writers])
+    outcome.close([*readers, *writers], (prefill.replicas + decode.replicas) * outcome.seconds)
     return outcome

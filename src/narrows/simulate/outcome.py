@@ -3,14 +3,18 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from operator import attrgetter
 from typing import Any
 
-from narrows.simulate.serving import PARTS, Answer, Engine, Request
+from narrows.simulate.requests import PARTS, Answer, Request
+from narrows.simulate.serving import Engine
 from narrows.simulate.step_times import PS
 
 _FINE = 256  # bins for every doubling: a percentile is right to 0.14 %
 _COARSE = 8
 _REASONS = 20
+_spent = attrgetter(*PARTS)
 
 
 class Spread:
@@ -31,6 +35,10 @@ class Spread:
         """The numbers first, first + slope, ... n of them, each `weight` times: as many operations as bins they reach."""
         self.count += n * weight
         self.total += (n * first + slope * (n * (n - 1) // 2)) * weight
+        if n == 1 or not slope:
+            bin_ = math.floor(math.log2(max(first, 1e-12)) * _FINE)
+            self._bins[bin_] = self._bins.get(bin_, 0) + n * weight
+            return
         while n:
             bin_ = math.floor(math.log2(max(first, 1e-12)) * _FINE)
             room = 2.0 ** ((bin_ + 1) / _FINE) - first
@@ -62,6 +70,8 @@ class Outcome:
 
     tbt     seconds between tokens, each token for itself: a stall shows here;  queue  seconds before being let in
     parts   seconds of all requests by where they went; they add up to the sum of all latencies
+    hits    tokens of prompts that were found, on the device and in each tier below it
+    starts  of replicas that come with the load;  replica_seconds  that replicas were there, starting or serving
     """
 
     ttft_limit: float = math.inf
@@ -78,6 +88,9 @@ class Outcome:
     prompts: int = 0
     preemptions: int = 0
     steps: int = 0
+    starts: int = 0
+    hits: list[int] = field(default_factory=list)
+    replica_seconds: float = 0.0
     first_arrival: int | None = None
     last_arrival: int = 0
     end: int = 0
@@ -107,8 +120,9 @@ class Outcome:
         self.end = max(self.end, answer.last)
         sums = self._parts.setdefault(math.floor(math.log2(max(whole, 1e-12)) * _COARSE), [0] * (len(PARTS) + 1))
         sums[-1] += 1
-        for i, part in enumerate(PARTS):
-            sums[i] += getattr(answer, part)
+        for i, spent in enumerate(_spent(answer)):
+            if spent:
+                sums[i] += spent
 
     def pace(self, first: int, slope: int, n: int, sequences: int) -> None:
         """Tokens followed those before them after `first`, `first + slope`, ... picoseconds, n times, in so many sequences."""
@@ -120,9 +134,16 @@ class Outcome:
         if len(self.reasons) < _REASONS:
             self.reasons.append(f"{request.prompt} + {request.output} tokens: {why}")
 
-    def close(self, replicas: Iterable[Engine]) -> None:
-        """The load is over."""
-        self.steps = sum(engine.steps for engine in replicas)
+    def count(self, engine: Engine) -> None:
+        """An engine is done."""
+        self.steps += engine.steps
+        self.hits = [a + b for a, b in zip_longest(self.hits, engine.hits, fillvalue=0)]
+
+    def close(self, engines: Iterable[Engine], replica_seconds: float, starts: int = 0) -> None:
+        """The load is over: its last engines, how long replicas were there, and how many were started for it."""
+        for engine in engines:
+            self.count(engine)
+        self.replica_seconds, self.starts = replica_seconds, starts
 
     @property
     def seconds(self) -> float:
@@ -169,7 +190,10 @@ class Outcome:
             "goodput_requests_per_s": self.good / seconds,
             "preemptions": self.preemptions,
             "prefix_hits": self.cached / max(self.prompts, 1),
+            "prefix_hits_by_tier": [found / max(self.prompts, 1) for found in self.hits],
             "steps": self.steps,
+            "starts": self.starts,
+            "replica_seconds": self.replica_seconds,
             "ledger": self.ledger(),
             "ledger_slowest_1_percent": self.ledger(0.01),
         }

@@ -9,9 +9,10 @@ from narrows.graph import Graph
 from narrows.layout import Layout
 from narrows.machine import Cluster
 from narrows.simulate.memory import peak_bytes
+from narrows.simulate.network import Axes, network
 from narrows.simulate.orders import one_f_one_b
 from narrows.simulate.pipeline import Work
-from narrows.simulate.training import Axes, network, owned, spent
+from narrows.simulate.training import owned, spent
 
 Links = NDArray[np.float64]  # bytes per second between every two nodes
 Order = tuple[tuple[int, ...], ...]  # the node of each stage of each replica

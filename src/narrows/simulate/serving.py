@@ -5,145 +5,70 @@ token each: the sum of such a run of steps is closed, and the engine takes it at
 this gives the same bits as one step after another.
 """
 
+from bisect import insort
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from heapq import heappop, heappush
 
 from narrows.errors import NarrowsError
 from narrows.simulate.blocks import PIECE, Pool, Stretch
 from narrows.simulate.pace import Pace, Tell
-from narrows.simulate.step_times import StepTimes
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How an engine schedules; presets lie in data/engines.toml.
-
-    max_sequences, max_tokens   sequences that run at a time; rows of a step
-    mixed       prompts and decoding share steps; otherwise steps of prompts go first and decoding waits
-    chunked     a prompt may be read in pieces
-    block       tokens of a block of keys and values
-    reserve     share of the output still to come for which room must be free when a request is let in
-    watermark   share of the blocks that stays free when a request is let in
-    prefix_cache   keys and values of prompts are kept for others while there is room
-    batched     nobody is let in before all who run have their answer (no continuous batching)
-    layered     prompts are read whole, by so many groups of layers, one a step, that a step reads about this many
-                tokens' worth of them (0: by tokens, through all layers)
-    """
-
-    name: str = "vllm-v1"
-    max_sequences: int = 256
-    max_tokens: int = 8192
-    mixed: bool = True
-    chunked: bool = True
-    block: int = 16
-    reserve: float = 0.0
-    watermark: float = 0.0
-    prefix_cache: bool = True
-    batched: bool = False
-    layered: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a client sends at `arrival` (picoseconds): a prompt of so many tokens, and how many it will be answered with.
-
-    hashes name the pieces of its prompt (`blocks.PIECE` tokens each): equal hashes, equal text up to there.
-    `read`: its prompt was read elsewhere, its first token given, and its keys and values come with it.
-    """
-
-    arrival: int
-    prompt: int
-    output: int
-    hashes: tuple[int, ...] = ()
-    name: str = ""
-    read: bool = False
-
-
-PARTS = ("queue", "prompt", "interference", "decode", "communication", "host", "preemption", "transfer")
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A request that was served: picoseconds at which it was let in, gave its first and its last token, and where they went.
-
-    The parts add up to last - arrival: `queue` before it was let in; `prompt` reading its own; `interference` of other
-    prompts; `decode`, `communication` and `host` of the steps that gave its tokens; `preemption` from losing its room
-    until it had caught up again; `transfer` of its keys and values from where its prompt was read.
-    """
-
-    request: Request
-    admitted: int
-    first: int
-    last: int
-    cached: int
-    preemptions: int
-    queue: int
-    prompt: int
-    interference: int
-    decode: int
-    communication: int
-    host: int
-    preemption: int
-    transfer: int = 0
-
-    def then(self, request: Request, later: "Answer") -> "Answer":
-        """The whole answer to a request whose prompt was read here and whose other tokens came `later`, from elsewhere."""
-        parts = {part: getattr(self, part) + getattr(later, part) for part in PARTS}
-        parts["transfer"] += later.request.arrival - self.last
-        again = self.preemptions + later.preemptions
-        return Answer(request, self.admitted, self.first, later.last, self.cached, again, **parts)
-
-
-class _Sequence:
-    """A request inside the engine: `todo` tokens to read of which `read` are read, `left` tokens still to give."""
-
-    __slots__ = ("admitted", "base", "blocks", "cached", "decode", "end", "first", "host", "interference", "left", "lost",
-                 "out", "own", "pieces", "preempted", "read", "request", "seen", "sent", "times", "todo", "turn")  # fmt: skip
-
-    def __init__(self, request: Request) -> None:
-        self.request, self.todo, self.read, self.left = request, request.prompt, 0, request.output
-        self.admitted = self.first = self.preempted = -1
-        self.end = self.turn = self.base = self.blocks = self.cached = self.times = 0
-        self.own = self.host = self.decode = self.sent = self.interference = self.out = 0
-        self.seen = (0, 0, 0, 0)
-        self.pieces: list[int] = []  # of its prompt, that it shares through the prefix cache
-        self.lost: tuple[int, Stretch] | None = None  # pieces it shared when it was evicted, and where its other blocks went
+from narrows.simulate.requests import Answer, Piece, Request, Sequence
+from narrows.simulate.rules import Rules
+from narrows.simulate.sharing import Beside, Streams
+from narrows.simulate.step_times import PS, StepTimes, steps_to
+from narrows.simulate.tiers import Tiers
 
 
 class Engine:
     """One replica: `push` requests in the order of their arrival, `advance` it, and it hands answers to `emit`.
 
     `blocks` is the room for keys and values. A request that could never fit is handed to `reject` with the reason.
-    `tell` hears of the time between tokens, as `Pace` says.
+    `tell` hears of the time between tokens, as `Pace` says. With `streams`, prompts are read beside decoding, in steps of
+    their own. It takes no step before it is `ready` (picoseconds). What is forgotten of prompts goes to `tiers` below.
     """
 
     def __init__(self, times: StepTimes, rules: Rules, blocks: int, emit: Callable[[Answer], None],
-                 reject: Callable[[Request, str], None], tell: Tell | None = None) -> None:  # fmt: skip
+                 reject: Callable[[Request, str], None], tell: Tell | None = None,
+                 streams: Streams | None = None, ready: int = 0, tiers: Tiers | None = None) -> None:  # fmt: skip
         if blocks < 1:
             raise NarrowsError("there is no room for keys and values.", where="serving", remedy="Use more or larger devices.")
         if rules.layered and rules.chunked:
             raise NarrowsError("prompts are read by layers or in pieces, not both.", where=rules.name, remedy="Set one.")
+        if streams and (rules.mixed or rules.layered or rules.batched):
+            raise NarrowsError("its prompts are read in a stream of their own.", where=rules.name,
+                               remedy="Set neither mixed, layered nor batched.")  # fmt: skip
+        if rules.swap and not (tiers and tiers.tiers):
+            raise NarrowsError("there is no host to swap to.", where=rules.name, remedy="Give one (host_bytes), or no swap.")
         self.times, self.rules, self.blocks, self.emit, self.reject = times, rules, blocks, emit, reject
-        self.now = 0
+        self.now = self.ready = ready
         self.steps = 0  # taken so far
         self.runs = 0  # of equal steps, taken at once
         self.preemptions = 0
         self.pushed = 0  # requests so far
-        self.waiting: deque[_Sequence] = deque()
-        self.running: dict[_Sequence, None] = {}  # in the order in which they were let in
-        self._reading: list[_Sequence] = []  # of these, the ones whose prompt is not read
-        self._ends: list[tuple[int, int, _Sequence]] = []
+        self.hits = [0] * (1 + len(tiers.tiers if tiers else ()))
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[Sequence, None] = {}  # in the order in which they were let in
+        self._reading: list[Sequence] = []  # of these, the ones whose prompt is not read
+        self._ends: list[tuple[int, int, Sequence]] = []
         self._decoding = self._context = self._turns = 0
         self._promised = 0  # sum of `end` over those that decode
         self._phases = [0] * rules.block  # decoding sequences by (tokens in the cache - steps) mod block
-        self._pool = Pool(blocks, rules.block)
+        self._pool = Pool(blocks, rules.block, tiers)
+        self._swap = tiers.tiers[0].fetch // PIECE if tiers and rules.swap else 0  # picoseconds of a token
         self._stuck = False  # nobody can be let in before something ends
         self._evicted = False  # in the step that begins: nobody is let in
-        self._spent = (0, 0, 0, 0)  # picoseconds of decoding, communication, host and prompts since the start
+        self._spent = (0, 0, 0, 0, 0)  # picoseconds of decoding, communication, host, prompts and a cap since the start
         self._group = 0  # of layers, that reads the prompts next
         self._pace = Pace(tell)
+        self._streams = streams  # where prompts have one of their own:
+        self._beside: Beside | None = None  # how the device is cut while both streams run
+        self._under_way: list[Piece] = []  # pieces of prompts that it reads
+        self._host_under_way = 0
+        self._read_until = ready  # when it is done with them, or was with the last ones
+        self._held_up = False  # it could not begin when it was free
+        self._freed = 0  # when something ended that nobody could be let in before
+        self._aside = 0  # picoseconds of the host for its steps
 
     @property
     def load(self) -> int:
@@ -168,17 +93,55 @@ class Engine:
         else:
             if not self.running and not self.waiting:
                 self.now = max(self.now, request.arrival)
-            if not self.waiting:
+            sequence, patience = Sequence(request), self.rules.patience
+            if patience:
+                insort(self.waiting, sequence, key=lambda one: one.request.prompt + patience * one.request.arrival / PS)
+            else:
+                self.waiting.append(sequence)
+            if self.waiting[0] is sequence:
                 self._stuck = False
-            self.waiting.append(_Sequence(request))
 
     def advance(self, until: int | None = None) -> None:
         """Take all steps that begin before `until` (picoseconds), or all there are."""
+        if self._streams:
+            while (self.running or self.waiting) and self._advance_both(until):
+                pass
+            return
         while (self.running or self.waiting) and (until is None or self.now < until):
             may = self.waiting and not self._stuck and not (self.rules.batched and self.running and not self._reading)
             if (may or self._reading) and (self._read_step() or not self._decoding):
                 continue
             self._decode_run(until)
+
+    def _advance_both(self, until: int | None) -> bool:
+        """Begin or end a step of prompts, or decode until one ends; False where nothing more begins before `until`."""
+        waits = self._reading or (self.waiting and not self._stuck)
+        if waits and not self._under_way and (until is None or self._begins() < until):
+            self._held_up = not self._read_step()
+        if self._under_way and (self._read_until <= self.now or not self._decoding):
+            self.now = max(self.now, self._read_until)
+            self._beside = None
+            self._aside += self._host_under_way
+            read, self._under_way = self._under_way, []
+            self._read(read, self._read_until)
+            return True
+        if until is not None and self.now >= until:
+            return False
+        ends = self._read_until if self._under_way else until
+        self._decode_run(ends if until is None or ends is None else min(until, ends))
+        return True
+
+    def _begins(self) -> int:
+        """When the next step of prompts begins: now, or in their own stream as soon as it is free and one is there."""
+        if not self._streams or self._held_up:
+            return self.now
+        head = 0 if self._reading else max(self.waiting[0].request.arrival, self.waiting[0].preempted)
+        return max(self._read_until, self._freed, head)
+
+    @property
+    def _hosts(self) -> int:
+        """Picoseconds that the host took of the steps that read prompts."""
+        return self._aside if self._streams else self._spent[2]
 
     # ---- a run of steps in which every sequence gives one token ----
 
@@ -187,10 +150,10 @@ class Engine:
         if not self._decoding:
             self._evicted = False
             return
-        count, context, times, block = self._decoding, self._context, self.times, self.rules.block
-        piece = times.decoding(count, context, count)
+        count, context, block = self._decoding, self._context, self.rules.block
+        times = self._beside.decoding if self._beside else self.times
+        piece, each = times.decode(count, context)
         host, sent = times.host(count), times.communication(count)
-        each = times.rows(count) + times.outputs(count) + piece.base + piece.slope * (context - piece.start) + host
         n = 1 if self._evicted else self._next_end() - self.steps  # after an eviction, the next step tries to let it in again
         self._evicted = False
         if piece.end:
@@ -199,7 +162,7 @@ class Engine:
         slope = piece.slope * count
         took = n * each + slope * (n * (n - 1) // 2)
         if until is not None and took > until - self.now:
-            n = _steps_to(until - self.now, each, slope, n)
+            n = steps_to(until - self.now, each, slope, n)
             took = n * each + slope * (n * (n - 1) // 2)
         self._pool.take(self._wanted(n, block))
         self._pace.steps(self.now, each, slope, n, count)
@@ -207,15 +170,23 @@ class Engine:
         self.steps += n
         self.runs += 1
         self._context += n * count
-        decode, wire, own, prompts = self._spent
-        self._spent = (decode + took - n * (host + sent), wire + n * sent, own + n * host, prompts)
+        decode, wire, own, prompts, cap = self._spent
+        held = n * times.held(count) if times.capped else 0
+        longer = 0  # than without prompts beside it
+        if self._beside:
+            piece, alone = self.times.decode(count, context)
+            longer = n * (each - alone) + (slope - piece.slope * count) * (n * (n - 1) // 2)
+        decode += took - longer - n * (host + sent) - held
+        self._spent = (decode, wire + n * sent, own + n * host, prompts + longer, cap + held)
         self._leave()
 
     def _wanted(self, n: int, block: int) -> int:
         """New blocks for n steps of those that decode."""
         phases, steps = self._phases, self.steps
         whole, rest = divmod(n, block)
-        return whole * self._decoding + sum(phases[-(steps + i) % block] for i in range(rest))
+        last = -steps % block + 1  # the phases of the steps that are left end here, and go on at the end of the list
+        left = sum(phases[last - rest : last]) if rest <= last else sum(phases[:last]) + sum(phases[last - rest :])
+        return whole * self._decoding + left
 
     def _fitting(self, n: int, block: int) -> int:
         """At most n steps, as many as there are free blocks for."""
@@ -242,7 +213,7 @@ class Engine:
         while self._phases[-self.steps % block] > self._pool.free:
             self._evict(next(reversed(self.running)))
 
-    def _evict(self, last: _Sequence) -> None:
+    def _evict(self, last: Sequence) -> None:
         """Take a sequence's room; it waits at the head of the queue, to read its prompt and its answer so far again."""
         del self.running[last]
         if last.end:
@@ -252,10 +223,11 @@ class Engine:
             last.todo = last.request.prompt + last.request.output - last.left
             last.end = last.turn = 0
             self._account(last)
+            last.swapped = last.todo - 1 if self.rules.swap else 0
         else:
             self._reading.remove(last)
             if last.preempted < 0:
-                last.host += self._spent[2] - last.seen[2]
+                last.host += self._hosts - last.seen[2]
         last.lost = len(last.pieces), self._release(last)
         if last.preempted < 0:
             last.preempted = self.now
@@ -265,7 +237,7 @@ class Engine:
         self.waiting.appendleft(last)
         self._stuck, self._evicted = False, True
 
-    def _drop(self, sequence: _Sequence) -> None:
+    def _drop(self, sequence: Sequence) -> None:
         """Out of the sums over those that decode."""
         held = sequence.base + self.steps
         self._pace.end(sequence)
@@ -275,7 +247,7 @@ class Engine:
         self._phases[sequence.base % self.rules.block] -= 1
         sequence.blocks = -(-held // self.rules.block)
 
-    def _release(self, sequence: _Sequence) -> Stretch:
+    def _release(self, sequence: Sequence) -> Stretch:
         """Give back the blocks of a sequence; pieces of its prompt that others hold stay."""
         pool = self._pool
         own = pool.give(sequence.blocks - pool.blocks(sequence.pieces))
@@ -283,13 +255,14 @@ class Engine:
         sequence.pieces, sequence.blocks = [], 0
         return own
 
-    def _account(self, sequence: _Sequence) -> None:
+    def _account(self, sequence: Sequence) -> None:
         """Add what the engine spent since the sequence began to decode to its own account."""
         then, now = sequence.seen, self._spent
         sequence.decode += now[0] - then[0]
         sequence.sent += now[1] - then[1]
         sequence.host += now[2] - then[2]
         sequence.interference += now[3] - then[3]
+        sequence.capped += now[4] - then[4]
 
     def _leave(self) -> None:
         """Hand over all whose last token was given."""
@@ -301,26 +274,28 @@ class Engine:
             del self.running[sequence]
             self._drop(sequence)
             self._account(sequence)
-            self._finish(sequence)
+            self._finish(sequence, self.now)
 
-    def _finish(self, s: _Sequence) -> None:
+    def _finish(self, s: Sequence, at: int) -> None:
         self._release(s)
-        self._stuck = False
-        self.emit(Answer(s.request, s.admitted, s.first, self.now, s.cached, s.times, s.admitted - s.request.arrival, s.own,
-                         s.interference, s.decode, s.sent, s.host, s.out))  # fmt: skip
+        if self._stuck:
+            self._stuck, self._freed = False, at
+        waited, cold = s.admitted - s.request.arrival, max(0, min(s.admitted, self.ready) - s.request.arrival)
+        self.emit(Answer(s.request, s.admitted, s.first, at, s.cached, s.times, waited - cold, s.own,
+                         s.interference, s.decode, s.sent, s.host, s.out, s.moved, cold, s.capped))  # fmt: skip
 
     # ---- a step that reads prompts ----
 
     def _read_step(self) -> bool:
         """One step with pieces of prompts; False if none could be let in and none is being read."""
-        rules = self.rules
+        rules, at = self.rules, self._begins()
         decoding = self._decoding if rules.mixed else 0
         if decoding:
             self._make_room()
             decoding = self._decoding
         budget = rules.max_tokens - decoding
         demand = self._phases[-self.steps % rules.block] if decoding else 0
-        pieces: list[tuple[_Sequence, int]] = []
+        pieces: list[tuple[Sequence, int]] = []
         for sequence in list(self._reading):
             piece = min(sequence.todo - sequence.read, budget)
             if piece < 1:
@@ -334,38 +309,38 @@ class Engine:
             pieces.append((sequence, piece))
             budget -= piece
         self._group = self._group if pieces else 0
-        joining = [] if self._evicted or self._group else self._admit(pieces, budget, demand)
+        joining = [] if self._evicted or self._group else self._admit(pieces, budget, demand, at)
         if pieces:
-            self._spend(pieces, decoding, demand)
+            self._spend(pieces, decoding, demand, at)
             self._evicted = False
         for sequence in joining:
-            self._start(sequence)
+            self._start(sequence, self.now)
         return bool(pieces)
 
     def _again(self, decoding: int) -> tuple[int, int]:
         """How many decode in this step, and the blocks they want, after an eviction."""
         return (self._decoding, self._phases[-self.steps % self.rules.block]) if decoding else (0, 0)
 
-    def _lacks(self, sequence: _Sequence, piece: int) -> int:
+    def _lacks(self, sequence: Sequence, piece: int) -> int:
         """Blocks that the next piece of a prompt needs and has not."""
         return -(-(sequence.read + piece) // self.rules.block) - sequence.blocks
 
-    def _take(self, sequence: _Sequence, piece: int) -> None:
+    def _take(self, sequence: Sequence, piece: int) -> None:
         more = self._lacks(sequence, piece)
         sequence.blocks += more
         self._pool.take(more)
 
-    def _admit(self, pieces: list[tuple[_Sequence, int]], budget: int, demand: int) -> list[_Sequence]:
+    def _admit(self, pieces: list[tuple[Sequence, int]], budget: int, demand: int, at: int) -> list[Sequence]:
         """Let waiting requests in, in order, as far as tokens, sequences and blocks go; gives those with nothing to read."""
         rules, pool = self.rules, self._pool
-        joining: list[_Sequence] = []
+        joining: list[Sequence] = []
         while self.waiting:
             sequence = self.waiting[0]
             if len(self.running) >= rules.max_sequences:
                 self._stuck = True
                 break
-            found, own = self._remembered(sequence)
-            cached = len(found) * PIECE + own * rules.block
+            found, own = ((), 0) if sequence.swapped else self._remembered(sequence)
+            cached = sequence.swapped or len(found) * PIECE + own * rules.block
             ready = sequence.request.read and sequence.first < 0
             piece = sequence.todo if ready else min(sequence.todo - cached, budget)
             if piece < 1 or (piece < sequence.todo - cached and not rules.chunked):
@@ -379,18 +354,23 @@ class Engine:
                 self._stuck = True
                 break
             self.waiting.popleft()
-            pool.hold(found)
+            if found:
+                if sequence.first < 0:
+                    self._count(found)
+                sequence.fetch = pool.hold(found)
+            if sequence.swapped:
+                sequence.fetch, sequence.swapped = 2 * sequence.swapped * self._swap, 0
             if own and sequence.lost is not None:
                 pool.reclaim(sequence.lost[1], own)
             sequence.read, sequence.blocks, sequence.pieces, sequence.lost = cached, held, list(found), None
             self._take(sequence, piece)
             if sequence.admitted < 0:
-                sequence.admitted = self.now
+                sequence.admitted = at
                 sequence.cached = cached
             if sequence.first < 0:
-                sequence.seen = self._spent
+                sequence.seen = (*self._spent[:2], self._aside, *self._spent[3:]) if self._streams else self._spent
                 if sequence.preempted >= 0:
-                    sequence.out += self.now - sequence.preempted
+                    sequence.out += at - sequence.preempted
                     sequence.preempted = -1
             self.running[sequence] = None
             if ready:
@@ -402,7 +382,13 @@ class Engine:
             budget -= piece
         return joining
 
-    def _remembered(self, sequence: _Sequence) -> tuple[Sequence[int], int]:
+    def _count(self, pieces: tuple[int, ...]) -> None:
+        """Tokens of a prompt that are found, by where: on the device, in the first tier below it, ..."""
+        places = [place for _, place in self._pool.below(pieces)]
+        for place in [-1] * (len(pieces) - len(places)) + places:
+            self.hits[place + 1] += PIECE
+
+    def _remembered(self, sequence: Sequence) -> tuple[tuple[int, ...], int]:
         """Pieces of a prompt that are there, and further blocks that are left of the sequence since it was evicted."""
         if not self.rules.prefix_cache:
             return (), 0
@@ -412,10 +398,13 @@ class Engine:
             return found, 0
         return found, min(sequence.lost[1].count, (sequence.todo - 1) // block - self._pool.blocks(found))
 
-    def _spend(self, pieces: list[tuple[_Sequence, int]], decoding: int, demand: int) -> None:
+    def _spend(self, pieces: list[tuple[Sequence, int]], decoding: int, demand: int, at: int) -> None:
         """Take the time of a step of pieces of prompts and of those that decode beside them."""
-        times, layered = self.times, self.rules.layered
-        tokens = sum(piece for _, piece in pieces)
+        layered, tokens = self.rules.layered, sum(piece for _, piece in pieces)
+        if self._streams and self._decoding:
+            sizes, used = [(piece, sequence.read) for sequence, piece in pieces], 1 - self._pool.free / self.blocks
+            self._beside = self._streams.choose(sizes, self._decoding, self._context, used)
+        times = self._beside.prompts if self._beside else self.times
         groups = min(-(-tokens // layered), times.layers) if layered else 1
         self._group = (self._group + 1) % groups if self._group < groups else 0
         done = 0 if self._group else sum(sequence.read + piece == sequence.todo for sequence, piece in pieces)
@@ -426,41 +415,62 @@ class Engine:
         if decoding:
             segment = times.decoding(decoding, self._context, tokens + decoding)
             alone = segment.base + segment.slope * (self._context - segment.start)
-        shared = (times.rows(tokens + decoding) - (times.rows(decoding) if decoding else 0)) // groups
-        shared += times.outputs(decoding + done) - (times.outputs(decoding) if decoding else 0)
-        took = base + shared + alone + sum(own) + host
-        for (sequence, piece), attention in zip(pieces, own, strict=True):
-            if sequence.first < 0:
-                sequence.own += attention + shared * piece // tokens
+        shared = times.reading(tokens, decoding) // groups + times.ending(done, decoding)
+        read = [Piece(sequence, piece, one + shared * piece // tokens, 0, sequence.fetch)
+                for (sequence, piece), one in zip(pieces, own, strict=True)]  # fmt: skip
+        took, added = base + shared + alone + sum(own) + host + sum([piece.moved for piece in read]), 0
+        if times.capped:
+            more = max(times.held(tokens + decoding) - times.held(decoding), 0) // groups
+            caps = [times.held_prompt(piece, sequence.read) // groups + more * piece // tokens for sequence, piece in pieces]
+            read = [piece._replace(own=piece.own - cap, capped=cap) for piece, cap in zip(read, caps, strict=True)]
+            added = sum(caps)
+        self.runs += 1
+        if self._streams:
+            self._under_way, self._read_until, self._host_under_way = read, at + took, host
+            return
         if decoding:
             self._pace.steps(self.now, took, 0, 1, decoding)
         self.now += took
-        self.runs += 1
-        decode, wire, hosts, prompts = self._spent
-        kept = times.communication(decoding) if decoding else 0
-        self._spent = (decode + base + alone - kept, wire + kept, hosts + host, prompts + took - host - base - alone)
+        decode, wire, hosts, prompts, cap = self._spent
+        kept, held = (times.communication(decoding), times.held(decoding)) if decoding else (0, 0)
+        decode += base + alone - kept - held
+        self._spent = (decode, wire + kept, hosts + host, prompts + took - host - base - alone - added, cap + held + added)
         if decoding or self.rules.mixed:
             self.steps += 1
         if decoding:
             self._pool.take(demand)
             self._context += decoding
         self._leave()
-        for sequence, piece in () if self._group else pieces:
-            sequence.read += piece
+        self._read(read, self.now)
+
+    def _read(self, pieces: list[Piece], at: int) -> None:
+        """A step of prompts is over: its pieces are read."""
+        for sequence, tokens, own, cap, moved in pieces:
+            sequence.fetch = 0
+            if sequence not in self.running:
+                continue  # it lost its room while the step went on
+            if sequence.first < 0:
+                sequence.own += own
+                sequence.capped += cap
+                sequence.moved += moved
+            if self._group:
+                continue  # further layers are to read it
+            sequence.read += tokens
             if sequence.read == sequence.todo:
                 self._reading.remove(sequence)
-                self._start(sequence)
+                self._start(sequence, at)
 
-    def _start(self, sequence: _Sequence) -> None:
-        """A prompt is read: its first token is given, and it decodes from now on."""
+    def _start(self, sequence: Sequence, at: int) -> None:
+        """A prompt is read: its first token is given, and it decodes from the next step on."""
         if sequence.first < 0:
-            sequence.first = self.now
-            sequence.host += self._spent[2] - sequence.seen[2]
-            sequence.interference = self.now - sequence.admitted - sequence.own - sequence.host - sequence.out
+            sequence.first = at
+            sequence.host += self._hosts - sequence.seen[2]
+            sequence.interference = at - sequence.admitted - sequence.own - sequence.host - sequence.out
+            sequence.interference -= sequence.capped + sequence.moved
         elif sequence.preempted >= 0:
-            sequence.out += self.now - sequence.preempted
+            sequence.out += at - sequence.preempted
             sequence.preempted = -1
-        self._pace.begin(sequence, self.now)
+        self._pace.begin(sequence, at)
         sequence.seen = self._spent
         sequence.left -= 1
         if self.rules.prefix_cache and sequence.request.hashes:
@@ -468,8 +478,9 @@ class Engine:
         if not sequence.left:
             del self.running[sequence]
             self._pace.end(sequence)
-            self._finish(sequence)
+            self._finish(sequence, at)
             return
+        sequence.decode += self.now - at  # the step under way goes on without it
         sequence.end = self.steps + sequence.left
         sequence.base = sequence.todo - self.steps
         self._turns += 1
@@ -479,15 +490,3 @@ class Engine:
         self._promised += sequence.end
         self._context += sequence.todo
         self._phases[sequence.base % self.rules.block] += 1
-
-
-def _steps_to(gap: int, each: int, slope: int, most: int) -> int:
-    """The fewest steps, of `each` picoseconds and `slope` more every time, that take at least `gap`; at most `most`."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high) // 2
-        if middle * each + slope * (middle * (middle - 1) // 2) >= gap:
-            high = middle
-        else:
-            low = middle + 1
-    return low

@@ -17,16 +17,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narrows.cost import cost
 from narrows.costmodel import op_time
 from narrows.diagnose import prepared
 from narrows.errors import NarrowsError
 from narrows.graph import Graph, Op
 from narrows.kinds import COLLECTIVES
 from narrows.machine import Machine
+from narrows.simulate.capping import slower
 from narrows.step import Step
 
 PS = 10**12  # picoseconds a second
 _MIXERS = ("attention", "latent_attention", "scan")  # whose time depends on the context of each sequence
+_DENSE = 512  # rows up to which all are tabled
+_Table = list[list[float]]
 _PAST = (0, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 
 
@@ -54,17 +58,46 @@ class Overlap:
     network: float = 0.4
 
 
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """Drives beside the device that hold the keys and values of all sequences.
+
+    room_bytes    of what they hold;  bytes_per_s   at which decoding reads them
+    read    share of a sequence's that one token reads
+    wire_bytes_per_s    over which queries go to attention inside the drives and what it says comes back (0: the device attends)
+    """
+
+    room_bytes: float
+    bytes_per_s: float
+    read: float = 1.0
+    wire_bytes_per_s: float = 0.0
+
+    def seconds(self, mixers: list[Op], step: Step) -> Any:
+        """What attention of a step that decodes takes; the device's own part hides behind the reading."""
+        found: Any = 0.0
+        for op in mixers:
+            work = cost(op, step)
+            found = found + work.cache_bytes * self.read / self.bytes_per_s
+            if self.wire_bytes_per_s:
+                found = found + (work.input_bytes + work.write_bytes) / self.wire_bytes_per_s
+        return found
+
+
 class StepTimes:
     """The times of an engine's steps for a model on a machine, cut over `devices` by tensor parallelism.
 
     `factor` scales what the device does, `step_seconds` and `sequence_seconds` are the host's time of a step and for
     each sequence in it. `most_rows` and `most_sequences` bound the tables. With `overlap`, what can run side by side
-    does, in steps that it makes shorter. Raises NarrowsError for a model that keeps no cache.
+    does, in steps that it makes shorter; with a `shelf`, decoding reads keys and values there; under `cap_watts` a device's
+    clock falls for products and prompts (decoding's attention waits for memory). Raises NarrowsError for a
+    model that keeps no cache.
     """
+
+    _brings = 1  # rows of a sequence that decodes
 
     def __init__(self, graph: Graph, machine: Machine, devices: int = 1, most_rows: int = 8192, most_sequences: int = 256,
                  factor: float = 1.0, step_seconds: float = 0.0, sequence_seconds: float = 0.0,
-                 overlap: Overlap | None = None) -> None:  # fmt: skip
+                 overlap: Overlap | None = None, shelf: Shelf | None = None, cap_watts: float = 0.0) -> None:  # fmt: skip
         ready = prepared(graph, Step.decode(1, 1), machine, devices)
         mixers = [op for op in ready if op.kind in _MIXERS]
         if not any(op["held"] for op in mixers):
@@ -72,6 +105,7 @@ class StepTimes:
         outputs = [op for op in ready if op.kind not in _MIXERS and _reads(op, "outputs")]
         rows = [op for op in ready if op.kind not in _MIXERS and not _reads(op, "outputs")]
         self._machine, self._mixers, self._factor, self._overlap = machine, mixers, factor, overlap
+        self._shelf, self._cap, self.capped = shelf, cap_watts, cap_watts > 0
         self.layers = sum(op.repeat for op in mixers)
         self._step = round(step_seconds * PS)
         self._each = round(sequence_seconds * PS)
@@ -81,6 +115,10 @@ class StepTimes:
         started = float(_spent(mixers, Step.decode(1, 1), machine)[1])
         whole, sent = self._parts(rows, sizes, started)
         self._rows, self._sent = self._whole(whole), self._whole(sent)
+        if cap_watts:
+            slowed = self._whole(whole * slower(rows, sizes, machine, cap_watts))
+            self._held = [slow - row for slow, row in zip(slowed, self._rows, strict=True)]
+            self._rows = slowed
         if overlap:
             each, wire = self._parts(rows, Step.decode(np.ceil(points / overlap.parts), 1), started)
             beside = self._whole((each - wire) * overlap.parts + wire * overlap.parts * overlap.network)
@@ -89,8 +127,9 @@ class StepTimes:
             self._beside: dict[tuple[int, int], tuple[list[int], list[Segment]]] = {}
         self._outputs, _ = (self._whole(t) for t in self._parts(outputs, sizes, 0.0))
         self._decoding: dict[int, tuple[list[int], list[Segment]]] = {}
+        self._fixed: dict[int, int] = {}  # of a step of so many that decode: all but attention
         self._prompt_rows = [p for p in _grid(max(most_rows, 2), 64) if p <= max(most_rows, 2)]
-        self._prompts = self._prompt_table()
+        self._prompts, self._prompts_held = self._prompt_tables()
 
     def _parts(self, ops: list[Op], step: Step, more: float) -> tuple[Any, Any]:
         """(all seconds, those of collectives) of ops over the points of a step."""
@@ -101,12 +140,17 @@ class StepTimes:
     def _whole(self, seconds: NDArray[np.float64]) -> list[int]:
         return [int(v) for v in np.rint(seconds * self._factor * PS)]
 
-    def _prompt_table(self) -> list[list[float]]:
-        """Picoseconds per token of attention for pieces of n tokens after p: rows p, columns n. Nearly linear in both."""
+    def _prompt_tables(self) -> tuple[_Table, _Table]:
+        """Picoseconds per token of attention for pieces of n tokens after p: rows p, columns n. Nearly linear in both.
+
+        In all, and what a cap adds.
+        """
         new, past = np.meshgrid(np.array(self._prompt_rows, float), np.array(_PAST, float))
         step = Step(1, new[..., None], past[..., None], phase="prefill")
         body, _ = _spent(self._mixers, step, self._machine)
-        return [[float(v) for v in line] for line in np.asarray(body) * self._factor * PS / new]
+        each = np.asarray(body) * self._factor * PS / new
+        more = each * (slower(self._mixers, step, self._machine, self._cap) - 1) if self.capped else 0 * each
+        return (each + more).tolist(), more.tolist()
 
     def rows(self, rows: int) -> int:
         """What depends on the rows of a step alone, and the start of its attention kernels."""
@@ -115,6 +159,14 @@ class StepTimes:
     def outputs(self, outputs: int) -> int:
         """The output layer for so many sequences."""
         return self._at(self._outputs, outputs) if outputs else 0
+
+    def reading(self, tokens: int, decoding: int) -> int:
+        """What so many tokens of prompts add to the rows of a step in which so many sequences decode."""
+        return self.rows(tokens + decoding) - (self.rows(decoding) if decoding else 0)
+
+    def ending(self, done: int, decoding: int) -> int:
+        """What the first tokens after so many prompts add to the output layer beside so many that decode."""
+        return self.outputs(decoding + done) - self.outputs(decoding)
 
     def communication(self, rows: int) -> int:
         """The collectives within `rows`."""
@@ -125,6 +177,8 @@ class StepTimes:
         return self._step + self._each * sequences
 
     def _at(self, table: list[int], rows: int) -> int:
+        if 0 < rows <= _DENSE:
+            return table[rows - 1]
         points = self._points
         i = bisect_right(points, rows) - 1
         low = points[i]
@@ -136,7 +190,18 @@ class StepTimes:
 
     def prompt(self, new: int, past: int) -> int:
         """Attention of a piece of `new` tokens of a prompt that follow `past` cached ones."""
-        columns, table = self._prompt_rows, self._prompts
+        return self._between(self._prompts, new, past)
+
+    def held(self, rows: int) -> int:
+        """What a power cap adds to `rows`."""
+        return self._at(self._held, rows) if self.capped and rows else 0
+
+    def held_prompt(self, new: int, past: int) -> int:
+        """What a power cap adds to `prompt`."""
+        return self._between(self._prompts_held, new, past) if self.capped else 0
+
+    def _between(self, table: _Table, new: int, past: int) -> int:
+        columns = self._prompt_rows
         i = min(bisect_right(columns, new) - 1, len(columns) - 2)
         j = min(bisect_right(_PAST, past) - 1, len(_PAST) - 2)
         x = (new - columns[i]) / (columns[i + 1] - columns[i])
@@ -158,6 +223,13 @@ class StepTimes:
                 self._beside[sequences, rows] = self._hidden(segments, rows, self._overlap.memory)
             starts, segments = self._beside[sequences, rows]
         return segments[bisect_right(starts, context) - 1]
+
+    def decode(self, sequences: int, context: int) -> tuple[Segment, int]:
+        """Picoseconds of a step in which so many sequences give a token each, and the piece on which its attention lies."""
+        if sequences not in self._fixed:
+            self._fixed[sequences] = self.rows(sequences) + self.outputs(sequences) + self.host(sequences)
+        piece = self.decoding(sequences, context, sequences)
+        return piece, self._fixed[sequences] + piece.base + piece.slope * (context - piece.start)
 
     def _hidden(self, segments: list[Segment], rows: int, share: float) -> tuple[list[int], list[Segment]]:
         """What is left to see of attention: all where cutting the step gains nothing, then `share`, then what outlasts the rest.
@@ -183,14 +255,29 @@ class StepTimes:
         """Fill in a stretch of batch sizes at once: the cost model takes arrays."""
         first = sequences - (sequences - 1) % 64
         batch, past = np.meshgrid(np.arange(first, first + 64, dtype=float), np.array(_PAST, float), indexing="ij")
-        body, _ = _spent(self._mixers, Step.decode(batch[..., None], past[..., None]), self._machine)
-        for i, line in enumerate(np.rint(np.asarray(body) * self._factor * PS)):
+        step = Step(batch[..., None], self._brings, past[..., None], phase="decode")
+        body = _spent(self._mixers, step, self._machine)[0] * self._factor
+        if self._shelf:
+            body = self._shelf.seconds(self._mixers, step)
+        for i, line in enumerate(np.rint(np.asarray(body) * PS)):
             count, values = first + i, [int(v) for v in line]
             starts = [p * count for p in _PAST]
             slopes = [round((b - a) / (y - x)) for a, b, x, y in zip(values, values[1:], starts, starts[1:], strict=False)]
             ends = [*starts[1:-1], 0]  # the last goes on for ever
             pieces = [Segment(*piece) for piece in zip(starts, ends, values, slopes, strict=False)]
             self._decoding[count] = (starts[: len(pieces)], pieces)
+
+
+def steps_to(gap: int, each: int, slope: int, most: int) -> int:
+    """The fewest steps, of `each` picoseconds and `slope` more every time, that take at least `gap`; at most `most`."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        if middle * each + slope * (middle * (middle - 1) // 2) >= gap:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def _reads(op: Op, field: str) -> bool:
@@ -209,7 +296,7 @@ def _spent(ops: list[Op], step: Step, machine: Machine) -> tuple[Any, Any]:
 
 
 @lru_cache
-def _grid(most: int, dense: int = 512) -> list[int]:
+def _grid(most: int, dense: int = _DENSE) -> list[int]:
     """Sizes from 1 to at least `most`: every one up to `dense`, where tiles and waves show, then ever wider steps."""
     points, width = list(range(1, dense + 1)), max(dense // 32, 1)
     while points[-1] < most:

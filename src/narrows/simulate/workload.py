@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from narrows.errors import NarrowsError, closest
-from narrows.simulate.serving import Request
+from narrows.simulate.requests import Request
 from narrows.simulate.step_times import PS
 
 LARGEST = 10**9  # tokens of a prompt or an answer
@@ -168,9 +168,20 @@ def _loads() -> dict[str, dict[str, Any]]:
     return tomllib.loads(files("narrows.data").joinpath("loads.toml").read_text("utf-8"))
 
 
+def _bundled(name: str) -> dict[str, Any]:
+    if name not in _loads():
+        raise NarrowsError(f"no load is called {name!r}.", where="--load", remedy=closest(name, loads()))
+    return _loads()[name]
+
+
 def loads() -> list[str]:
     """The names of bundled loads that are like recorded ones."""
     return sorted(_loads())
+
+
+def mean_rate(name: str) -> float:
+    """Requests per second of a bundled load; raises NarrowsError for a name that is not bundled."""
+    return float(_bundled(name)["rate"])
 
 
 def like(name: str, count: int = 0, rate: float = 0.0, seed: int = 0) -> Iterator[Request]:
@@ -178,11 +189,43 @@ def like(name: str, count: int = 0, rate: float = 0.0, seed: int = 0) -> Iterato
 
     Raises NarrowsError for a name that is not bundled.
     """
-    if name not in _loads():
-        raise NarrowsError(f"no load is called {name!r}.", where="--load", remedy=closest(name, loads()))
-    c = _loads()[name]
+    c = _bundled(name)
     lengths = Lengths(c["prompt"], c["output"], c["prompt_spread"], c["output_spread"])
     return generate(rate or c["rate"], count or c["requests"], lengths, seed, c["burst"])
+
+
+DAY = 86400.0  # seconds
+
+
+def swung(requests: Iterable[Request], swing: float, period: float = DAY) -> Iterator[Request]:
+    """The same requests at a rate that swings: times 1 + swing x sin(2 pi t / period), so that it is met in the mean.
+
+    Raises NarrowsError for a swing that is not below 1.
+    """
+    if not 0 <= swing < 1:
+        raise NarrowsError(f"{swing} is no swing.", where="--swing", remedy="Give a share from 0 and below 1.")
+    turn, now = 2 * math.pi / period, 0.0
+    for r in requests:
+        even = r.arrival / PS  # when it came at an even rate: now + swing / turn x (1 - cos(turn x now)), solved by Newton
+        while abs(off := now + swing / turn * (1 - math.cos(turn * now)) - even) > 1e-12 * max(period, even):
+            now -= off / (1 + swing * math.sin(turn * now))
+        yield replace(r, arrival=round(now * PS))
+
+
+def ramped(requests: Iterable[Request], factor: float) -> Iterator[Request]:
+    """The same requests in the same time, at a rate that grows evenly to `factor` times what it begins with.
+
+    All are held in memory. Raises NarrowsError for a factor that is not above 0.
+    """
+    if not 0 < factor < math.inf:
+        raise NarrowsError(f"{factor} is no factor.", where="--ramp", remedy="Give a number above 0: 3 ends three times as fast.")
+    every = list(requests)
+    span, begins = max(every[-1].arrival, 1) if every else 1, 2 / (1 + factor)
+    grows = begins * (factor - 1)
+    for r in every:  # a share x of the time has passed when begins x + grows x^2 / 2 of the requests are there
+        share = r.arrival / span
+        x = 2 * share / (begins + math.sqrt(begins**2 + 2 * grows * share))
+        yield replace(r, arrival=round(x * span))
 
 
 def scaled(requests: Iterable[Request], factor: float) -> Iterator[Request]:
