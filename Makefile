@@ -5,7 +5,6 @@ PEERS := .venv-peers
 BIN := $(VENV)/bin
 SAMPLES := .cache/samples
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PLAN ?= best
 
 .PHONY: setup samples demo test test-all claims docs lint bench peers clean
 setup: $(VENV)/.ready

@@ -11,13 +11,25 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 TARGETS = {"bf16 + int8": 5.0, "bf16 + awq:group=64": 60.0}  # CPU seconds: of rounding, and of a search on activations
 PEAK = 1.5  # times the model's bytes
 
 
+def applied(apply: Callable[[], Any], model_bytes: int) -> tuple[Any, float, float]:
+    """(what `apply` gives, its CPU seconds, the most that the process held meanwhile over the model's bytes)."""
+    held = _resident()
+    start = time.process_time()
+    changed = apply()
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held + model_bytes
+    return changed, seconds, peak / model_bytes
+
+
 def measure(text: str) -> dict[str, float | str]:
-    """CPU seconds to apply, and the peak in bytes over the model's."""
+    """CPU seconds to apply a plan, and the peak and what is left in bytes over the model's."""
     import torch
 
     from narrows import samples
@@ -28,12 +40,8 @@ def measure(text: str) -> dict[str, float | str]:
     model, tokenizer = samples.smollm2()
     data = samples.token_batches(tokenizer, 8, 256)
     plan, size = Plan.parse(text), resident_bytes(model)
-    held = _resident()
-    start = time.process_time()
-    changed = plan.apply(model, data)
-    seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held + size
-    return {"plan": text, "seconds": seconds, "peak": peak / size, "size": resident_bytes(changed) / size}
+    changed, seconds, peak = applied(lambda: plan.apply(model, data), size)
+    return {"plan": text, "seconds": seconds, "peak": peak, "size": resident_bytes(changed) / size}
 
 
 def _resident() -> int:

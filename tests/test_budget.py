@@ -1,5 +1,7 @@
 """A budget in the user's units: what it says, what meets it, and which limit binds where nothing does."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from narrows.cli import cli
 from narrows.errors import NarrowsError
 from narrows.plan import Plan
-from narrows.search.budget import Budget, Menu, find, said
+from narrows.search.budget import Budget, Menu, _harms, find, said
 from narrows.verify import resident_bytes
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
@@ -74,6 +76,19 @@ def test_a_model_within_its_budget_or_none() -> None:
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
     none = find(model, Plan(), Budget.parse("size<=10%", resident_bytes(model)), batches[:2], batches[2:])
     assert none.model is None and none.plan is None and "size 10 % asked" in none.shortfalls[0]
+
+
+def test_compensated_rounding_is_another_menu() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)).eval()
+    seen = [{"input_ids": torch.randint(96, (1, 32))} for _ in range(4)]
+    formats = ("plain", "int8", "int4g32")
+    plain, better = (_harms(model, formats, seen, lambda *said: None, compensate) for compensate in (False, True))
+    embedding = len(plain) - 1  # its rows are looked up: no errors cancel
+    assert plain.shape == (16, 3) and (plain[:, 0] == 0).all()
+    assert np.array_equal(plain[:, :2], better[:, :2]) and plain[embedding, 2] == better[embedding, 2] > 0
+    assert better[:embedding, 2].sum() < 0.8 * plain[:embedding, 2].sum()
+    assert replace(menu(), compensate=True).technique(np.array([2, 1])).compensate
 
 
 def test_a_plan_and_a_budget_exclude_each_other() -> None:

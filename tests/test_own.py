@@ -13,7 +13,7 @@ from narrows.directory import load, save
 from narrows.errors import NarrowsError
 from narrows.graph import FP32, Graph, Op
 from narrows.modules.packed_embedding import PackedEmbedding
-from narrows.modules.packed_linear import PackedLinear, int4
+from narrows.modules.packed_linear import PackedLinear
 from narrows.own import FORMATS, Int8, rules_text
 from narrows.plan import Plan
 from narrows.step import Step
@@ -103,5 +103,35 @@ def test_what_does_not_pack_is_refused() -> None:
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(NarrowsError, match=r"layers\.1\.mlp\.up_proj"):
         Int8().apply(broken)
-    with pytest.raises(NarrowsError, match="one by one"):
-        PackedEmbedding(PackedLinear(64, 96, int4(32)), "lm_head", torch.float32)
+    assert all(type(m) is not PackedLinear for m in broken.modules()), "it is refused before anything changes"
+
+
+@pytest.mark.parametrize("form", ["int8", "int4g32"])
+def test_an_embedding_with_weights_of_its_own_is_packed_where_a_rule_names_it(tmp_path: Path, form: str) -> None:
+    plan = Plan((Int8(f"embed_tokens:{form}"),))
+    model = plan.apply(llama(tied=False))
+    embedding = model.model.embed_tokens
+    assert isinstance(embedding, PackedEmbedding) and torch.equal(embedding(IDS), embedding.rows.codes.weight()[IDS])
+    step = Step.forward(1, 24)
+    changed = plan.rewrite(from_module(llama(tied=False), step))
+    assert changed.weight_bytes == from_module(model, step).weight_bytes
+    save(model, None, tmp_path / "out", plan)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out")[0](IDS).logits, model(IDS).logits)
+    assert isinstance(Int8("*:int4g32").apply(llama(tied=False)).model.embed_tokens, torch.nn.Embedding)
+    tied = plan.check(from_module(llama(), step), None, step)
+    assert isinstance(tied, No) and "no plain weights of its own" in tied.reason
+
+
+def test_compensated_rounding_needs_data_that_reaches_its_layers() -> None:
+    data = [{"input_ids": torch.randint(96, (1, 64), generator=torch.Generator().manual_seed(i))} for i in range(8)]
+    technique = Int8("down_proj:int4g64", compensate=True)
+    with torch.no_grad():
+        truth = torch.cat([llama()(**batch).logits for batch in data])
+        off = [
+            (torch.cat([model(**batch).logits for batch in data]) - truth).norm()
+            for model in (Int8(technique.but).apply(llama()), technique.apply(llama(), data))
+        ]
+    assert off[1] < 0.9 * off[0]
+    with pytest.raises(NarrowsError, match="no calibration data"):
+        technique.apply(llama())

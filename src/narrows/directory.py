@@ -17,8 +17,11 @@ chose, a rank per layer) `apply` leaves in `model.config` as plain JSON. `load` 
 the plan restructure it in order, and fills it from the files; a tensor too few or too many is an error. `save` tries
 this on a blank model before it writes anything, so that nothing is written that cannot be read back.
 
-**Packed weights.** `PackedLinear` keeps what this machine's kernels like; files hold what other programs read, too. For a
-model with packed layers `narrows.formats` translates between the two, all tensors at a time (see `Formats`).
+**Packed weights.** Layers keep what this machine's kernels like; files hold what other programs read, too. For a model with
+coded layers `narrows.formats` translates between the two, all tensors at a time.
+
+**Other programs.** transformers loads a directory whose tensors are those of the architecture, plain or in such a layout.
+Of any other it would fill what it misses with random numbers and go on, so config.json is written such that it refuses.
 """
 
 import hashlib
@@ -28,41 +31,32 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from narrows import samples
+from narrows import formats, samples
 from narrows.claims import versions
 from narrows.errors import NarrowsError, closest
 from narrows.headers import DAMAGED, TensorInfo, damaged, headers, inside, read_header, read_json
 from narrows.plan import Plan
 from narrows.staging import Explained, replacing
+from narrows.technique import Stage
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Manifest", "TensorInfo", "headers", "load", "read_header", "read_plan", "save", "verify_manifest"]
+__all__ = ["Manifest", "TensorInfo", "headers", "load", "read_by_others", "read_header", "read_plan", "save", "verify_manifest"]
 
 MANIFEST = "narrows.json"
 FORMAT = "narrows-manifest-1"
+ALONE = "narrows"  # in the `quantization_config` of a directory that transformers must not load: its plan
 SAMPLES = {"smollm2-135m": samples.smollm2_file, "all-minilm-l6-v2": samples.minilm_folder}
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 _LAYER_COUNTS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
 )  # fmt: skip
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-
-
-class Formats(Protocol):
-    """What this module asks of `narrows.formats`."""
-
-    def to_state(self, model: "torch.nn.Module") -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
-        """All tensors of a model as the file holds them, and what to set in config.json (its `quantization_config`)."""
-
-    def from_state(self, tensors: dict[str, "torch.Tensor"], config: dict[str, Any]) -> dict[str, "torch.Tensor"]:
-        """The state_dict of that model again, from a file's tensors and its config.json."""
 
 
 class Stored(NamedTuple):
@@ -145,7 +139,7 @@ def read_plan(directory: str | Path) -> Plan | None:
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """No request leaves this machine while transformers works; the caller's own setting is put back after."""
     from huggingface_hub import constants
 
@@ -174,17 +168,23 @@ def load(source: str | Path, dtype: str = "auto") -> tuple["torch.nn.Module", An
     if not path.is_dir() and path.suffix != ".gguf":
         remedy = f"Give one, or a sample: {', '.join(SAMPLES)}."
         raise NarrowsError("is neither a model directory nor a .gguf file.", where=str(path), remedy=remedy)
-    _check_installed()
-    unreadable = (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError, ArithmeticError, MemoryError)
-    with Explained(path, "Check that its config and its weights belong together.", *unreadable), _offline():
+    check_installed()
+    with unreadable(path), offline():
         if path.is_dir():
-            return _load_directory(path, dtype, *_check_directory(path)), _load_tokenizer(path, "")
+            return _load_directory(path, dtype, *check_directory(path)), load_tokenizer(path, "")
         read_header(path)
         _refuse_foreign(path.parent)
-        return _load_gguf(path, dtype), _load_tokenizer(path.parent, path.name)
+        return _load_gguf(path, dtype), load_tokenizer(path.parent, path.name)
 
 
-def _check_installed() -> None:
+def unreadable(path: Path) -> Explained:
+    """A context in which whatever transformers raises means that a directory cannot be read."""
+    expected = (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError, ArithmeticError, MemoryError)
+    return Explained(path, "Check that its config and its weights belong together.", *expected)
+
+
+def check_installed() -> None:
+    """Raise where a package that reads and writes directories is missing."""
     for package in ("torch", "transformers", "safetensors"):
         if find_spec(package) is None:
             raise NarrowsError(f"{package} is not installed.", where="model directories", remedy="pip install 'narrows[hf]'")
@@ -207,7 +207,7 @@ def _refuse_foreign(directory: Path) -> None:
         raise NarrowsError("is an adapter.", where=str(directory), remedy="Merge it into its model first.")
 
 
-def _check_directory(directory: Path) -> tuple[dict[str, TensorInfo], Plan | None]:
+def check_directory(directory: Path) -> tuple[dict[str, TensorInfo], Plan | None]:
     """Everything that can be said of a directory before any library reads it."""
     for path in directory.iterdir():
         inside(directory, path.name, directory)
@@ -244,7 +244,8 @@ def _forget_gguf(model: Any) -> None:
             del model.config.quantization_config
 
 
-def _load_tokenizer(directory: Path, gguf: str) -> Any:
+def load_tokenizer(directory: Path, gguf: str) -> Any:
+    """The tokenizer of a directory, or of the gguf file of that name in it; None where a directory has none."""
     from transformers import AutoTokenizer
 
     if not gguf and not any((directory / name).exists() for name in _TOKENIZERS):
@@ -253,7 +254,7 @@ def _load_tokenizer(directory: Path, gguf: str) -> Any:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
 
 
-def _architecture(directory: Path) -> Any:
+def architecture(directory: Path) -> Any:
     """The transformers class that config.json names."""
     import transformers
 
@@ -293,35 +294,43 @@ def _changed(kind: Any, plan: Plan | None, where: Path | str, stored_bytes: int 
     return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
 
 
-def _blank(changed: Any, config: Any) -> "torch.nn.Module":
+def blank(kind: Any, config: Any) -> "torch.nn.Module":
     """A model without memory, to look at."""
     import torch
 
     with torch.device("meta"):
-        return changed(deepcopy(config))  # type: ignore[no-any-return]
+        return kind(deepcopy(config))  # type: ignore[no-any-return]
 
 
-def _formats(model: "torch.nn.Module") -> Formats | None:
-    """What translates the packed layers of a model, None where it has none."""
-    from narrows.modules.packed_linear import PackedLinear
+def _is_coded(model: "torch.nn.Module") -> bool:
+    """Whether layers of a model have a layout of other programs, which `narrows.formats` writes and reads."""
+    return any(formats.layout_of(module) for module in model.modules())
 
-    packed = any(isinstance(module, PackedLinear) for module in model.modules())
-    return cast(Formats, import_module("narrows.formats")) if packed else None
+
+def is_standard(model: Any) -> bool:
+    """Whether transformers finds every tensor of the model's architecture in its files, plain or in a layout it reads."""
+    coded = {name for name, module in model.named_modules() if formats.layout_of(module)}
+    plain: Any = blank(type(model), model.config)
+    tied = {name for pair in getattr(plain, "all_tied_weights_keys", {}).items() for name in pair}  # one of them suffices
+    theirs = {name: t.shape for name, t in plain.state_dict().items()}
+    ours = {name: t.shape for name, t in model.state_dict().items() if name.rpartition(".")[0] not in coded}
+    lacking = theirs.keys() - ours.keys() - tied - {f"{name}.{leaf}" for name in coded for leaf in ("weight", "bias")}
+    return not lacking and all(theirs.get(name) == shape for name, shape in ours.items())
 
 
 def _load_directory(directory: Path, dtype: str, tensors: Mapping[str, TensorInfo], plan: Plan | None) -> "torch.nn.Module":
     import torch
     from safetensors.torch import load_file
 
-    kind = _architecture(directory)
+    kind = architecture(directory)
     config = kind.config_class.from_pretrained(directory, local_files_only=True)
     changed = _changed(kind, plan, directory, sum(t.end - t.begin for t in tensors.values()))
     options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False}
-    formats = _formats(_blank(changed, config)) if plan is not None else None
-    if formats:
-        stored = {name: t for file in {t.file for t in tensors.values()} for name, t in load_file(file).items()}
+    coded = plan is not None and _is_coded(blank(changed, config))
+    if coded or not read_by_others(directory):
+        state = {name: t for file in {t.file for t in tensors.values()} for name, t in load_file(file).items()}
         del config.quantization_config  # for other programs; here the plan has made the layers already
-        state = formats.from_state(stored, read_json(directory / "config.json"))
+        state = formats.from_state(state, read_json(directory / "config.json")) if coded else state
         model, found = changed.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
         if model.can_generate() and (directory / "generation_config.json").exists():
             model.generation_config = type(model.generation_config).from_pretrained(directory, local_files_only=True)
@@ -338,6 +347,32 @@ def _load_directory(directory: Path, dtype: str, tensors: Mapping[str, TensorInf
     return model  # type: ignore[no-any-return]
 
 
+def load_config(directory: str | Path) -> tuple[Any, Any]:
+    """(config, tokenizer or None) of a model directory, checked as `load` does, without its weights."""
+    path = Path(directory)
+    check_installed()
+    with unreadable(path), offline():
+        check_directory(path)
+        return architecture(path).config_class.from_pretrained(path, local_files_only=True), load_tokenizer(path, "")
+
+
+def require_original(directory: str | Path, plan: Plan) -> None:
+    """Raise where the weights of a directory are not those that a plan starts from: changed by another plan, or quantized."""
+    made_by = read_plan(directory)
+    if made_by is not None and made_by.steps:
+        remedy = f"Apply '{made_by} + {plan}' to its original."
+        raise NarrowsError(f"the plan {made_by} has changed it already.", where=str(directory), remedy=remedy)
+    quantized = read_json(Path(directory) / "config.json").get("quantization_config")
+    if quantized and any(step.card.stage in (Stage.FACTOR, Stage.CAST, Stage.QUANTIZE) for step in plan):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise NarrowsError(f"it is quantized already ({method}).", where=str(directory), remedy="Start from its plain weights.")
+
+
+def read_by_others(directory: str | Path) -> bool:
+    """Whether transformers loads a directory; otherwise it refuses to, and `load` alone knows the structure."""
+    return ALONE not in (read_json(Path(directory) / "config.json").get("quantization_config") or {})
+
+
 # ---- save
 
 
@@ -350,7 +385,7 @@ def save(
     what the model was made from, for the record. Raises NarrowsError where out is taken or being written, the disk is full
     or read-only, or the model could not be read back.
     """
-    _check_installed()
+    check_installed()
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or any(p.is_meta for p in model.parameters()):
@@ -359,25 +394,45 @@ def save(
     _forget_gguf(model)
     if not hasattr(model, "hf_quantizer"):  # the layers of a format that transformers itself reads are its own to restore
         _check_returns(model, plan)
-    with replacing(out, overwrite, "config.json") as staging, _offline():
-        formats = _formats(model)
-        tensors, changes = formats.to_state(model) if formats else (None, {})
-        model.save_pretrained(staging, state_dict=tensors)
-        if changes:
-            (staging / "config.json").write_text(json.dumps({**read_json(staging / "config.json"), **changes}, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        files = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
-        stored = {name: Stored(_digest(path), path.stat().st_size) for name, path in files.items()}
-        manifest = Manifest(str(plan), source, versions(), stored)
-        (staging / MANIFEST).write_text(manifest.to_json())
+    with replacing(out, overwrite, "config.json") as staging, offline():
+        model.save_pretrained(staging, state_dict=formats.to_state(model) if _is_coded(model) else None)
+        edit_config(staging, described(model, plan))
+        return sealed(staging, tokenizer, plan, source)
+
+
+def described(model: "torch.nn.Module", plan: Plan) -> dict[str, Any]:
+    """What config.json must say of a model beyond its architecture: how layers are coded, or that narrows alone reads them."""
+    if hasattr(model, "hf_quantizer"):
+        return {}
+    changes = formats.config_of(model)
+    if is_standard(model):
+        return changes
+    # without a `quant_method` transformers raises; what it misses it would fill with random numbers
+    note = {k: v for k, v in changes.get("quantization_config", {}).items() if k != "quant_method"}
+    return {"quantization_config": {**note, ALONE: str(plan)}}
+
+
+def edit_config(directory: Path, changes: Mapping[str, Any]) -> None:
+    """Set fields of a directory's config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps({**read_json(path), **changes}, indent=2) + "\n")
+
+
+def sealed(staging: Path, tokenizer: Any, plan: Plan, source: str) -> Manifest:
+    """Complete a directory that holds weights and config: with the tokenizer, and the manifest of all files."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging)
+    files = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
+    stored = {name: Stored(_digest(path), path.stat().st_size) for name, path in files.items()}
+    manifest = Manifest(str(plan), source, versions(), stored)
+    (staging / MANIFEST).write_text(manifest.to_json())
     return manifest
 
 
 def _check_returns(model: Any, plan: Plan) -> None:
     """Raise where `load` could not build this model again from its config and the plan."""
-    blank = _blank(_changed(type(model), plan, type(model).__name__), model.config)
-    ours, theirs = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, blank))
+    again = blank(_changed(type(model), plan, type(model).__name__), model.config)
+    ours, theirs = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, again))
     odd = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
     if odd:
         problem = f"{odd[0]} is {ours.get(odd[0])}, and would be {theirs.get(odd[0])} in the model that is read back"

@@ -7,7 +7,7 @@ import csv
 import inspect
 import io
 import textwrap
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 from narrows import claims
@@ -118,7 +118,9 @@ def results_page() -> str:
     for file in sorted((ROOT / "results").glob("*.csv")):
         with file.open(newline="") as opened:
             rows = list(csv.reader(opened))
-        if len(rows) > 1:
+        if file.stem == "peers":
+            lines += _peers(file)
+        elif len(rows) > 1:
             lines += [
                 f"## {file.stem.replace('_', ' ').capitalize()}",
                 "",
@@ -128,6 +130,44 @@ def results_page() -> str:
                 "",
             ]
     return "\n".join(lines)
+
+
+# of results/peers.csv, by column: how it is headed and written, and in what unit
+_PEERS = {
+    "prefill": ("prefill", "{:.2f} x", 1),
+    "decode": ("decode", "{:.2f} x", 1),
+    "forward": ("forward", "{:.2f} x", 1),
+    "aa": ("to itself", "{:.2f} x", 1),
+    "file_bytes": ("file, MB", "{:.0f}", 1e6),
+    "resident_bytes": ("resident, MB", "{:.0f}", 1e6),
+    "apply_seconds": ("to apply, s", "{:.1f}", 1),
+    "peak": ("held", "{:.2f}", 1),
+}
+
+
+def _peers(file: Path) -> list[str]:
+    """What `make peers` measured, a table for each model: figures over the plain model's in the same run."""
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    lines = [
+        "## Other libraries",
+        "",
+        "What each library makes of the same model, measured by `make peers`. Speeds are over the plain model's in the same run, "
+        "on one thread, with what the plain model is to itself; *held* is the most that applying took, over its bytes.",
+        "",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = [row for row in rows if row["model"] == model]
+        columns = {name: how for name, how in _PEERS.items() if any(row[name] for row in found)}
+        quality = next((row["quality"] for row in found if row["quality"]), "")
+        head = ["method", "library", quality, *(title for title, _, _ in columns.values()), ""]
+        lines += [f"### {model}", "", _line(head), _line(["---"] * len(head))]
+        for row in found:
+            value = f"{float(row['value']):.4g}" if row["value"] else ""
+            figures = [form.format(float(row[n]) / unit) if row[n] else "" for n, (_, form, unit) in columns.items()]
+            lines.append(_line([f"`{row['method']}`", row["library"], value, *figures, row["fails"]]))
+        lines.append("")
+    return [*lines, *dict.fromkeys(f"{row['machine']}; {row['versions']}; `{row['command']}`." for row in rows), ""]
 
 
 def accuracy_page() -> str:
@@ -162,23 +202,18 @@ def accuracy_page() -> str:
 
 
 def readme() -> str:
-    """The README, with the table of its two deployments simulated anew."""
-    from narrows.capture import capture
-    from narrows.machine import machine
+    """The README, with the table of its two deployments as `bench/play_day.py` last played them."""
     from narrows.report.listings import WHERE
-    from narrows.simulate.fleet import Group, rules, serve
-    from narrows.simulate.workload import like
 
-    group = Group(capture("llama-3.1-70b"), machine("h100-sxm"), rules("vllm-v1"), devices=4)
-    ways = {"2 replicas that do both": (replace(group, replicas=2), None), "1 that reads, 1 that answers": (group, group)}
+    with (ROOT / "results" / "day.csv").open(newline="") as opened:
+        played = list(csv.DictReader(opened))
     rows = ["| of 4 H100 each | first token, p99 | per further token, p99 | in all, p99 | where a request's time goes |",
             "|---|---|---|---|---|"]  # fmt: skip
-    for name, (decode, prefill) in ways.items():
-        o = serve(like("azure-2023-conv"), decode, prefill)
-        whole = sum(o.ledger().values())
-        parts = ", ".join(f"{WHERE[part][0]} {s / whole:.0%}" for part, s in list(o.ledger().items())[:3])
-        seconds = [format_seconds(spread.quantile(0.99)) for spread in (o.ttft, o.tpot, o.e2e)]
-        rows.append(_line([name, *seconds, parts.replace("%", " %")]))
+    for row in played:
+        parts = [part.rpartition(" ") for part in row["ledger"].split("; ")]
+        where = ", ".join(f"{WHERE[part][0]} {float(share):.0%}" for part, _, share in parts).replace("%", " %")
+        seconds = [format_seconds(float(row[f"{name}_p99_s"])) for name in ("ttft", "tpot", "e2e")]
+        rows.append(_line([row["deployment"], *seconds, where]))
     text = (ROOT / "README.md").read_text()
     head, _, rest = text.partition(_BEGIN)
     return head + _BEGIN + "\n" + "\n".join(rows) + "\n" + _END + rest.partition(_END)[2]

@@ -65,7 +65,12 @@ class Bf16(Rewrites):
     def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
         import torch
 
-        return model.to(torch.bfloat16)
+        # rotary frequencies are in no file: transformers computes them anew, in fp32, whatever the weights are in
+        rotary = [(m, n, b) for m in model.modules() for n, b in m.named_buffers(recurse=False) if n.endswith("inv_freq")]
+        model = model.to(torch.bfloat16)
+        for module, name, buffer in rotary:
+            setattr(module, name, buffer)
+        return model
 
     @classmethod
     def example(cls) -> Example:

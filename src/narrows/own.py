@@ -14,7 +14,9 @@ from narrows.step import Step
 from narrows.technique import Card, Example, No, Rewrites, Stage, Verdict, choice
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from narrows.modules.packed_linear import PackedLinear
 
 # What a layer's weights can be kept as, by the name that plans use; None leaves them as they are.
 FORMATS: dict[str, DType | None] = {
@@ -98,7 +100,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 class Int8(Rewrites):
     """All linear weights as int8 with a scale per output, multiplied by the kernel that suits the number of rows.
 
-    A tied output layer is packed once, and the embedding reads its rows. `but` gives layers other formats.
+    A tied output layer is packed once, and the embedding reads its rows. `but` gives layers other formats; an embedding with
+    weights of its own stays plain unless a rule names it.
     """
 
     card: ClassVar[Card] = Card(
@@ -110,9 +113,11 @@ class Int8(Rewrites):
         price="rounding to 8 bits: about half a percent of perplexity at 135 M parameters",
         stage=Stage.QUANTIZE,
         touches=("linear weights",),
+        blockwise=True,
     )
 
     but: str = choice("", help="formats of layers that do not get int8, as NAME@NUMBERS:FORMAT joined by ;")
+    compensate: bool = choice(False, help="4-bit layers: errors of rounding cancel on calibration data (GPTQ)")
 
     def __post_init__(self) -> None:
         rules(self.but)
@@ -128,14 +133,24 @@ class Int8(Rewrites):
         """What the weights of a layer of this name become; None if they stay."""
         return FORMATS[next((rule.format for rule in self._rules if rule.matches(layer)), "int8")]
 
+    def format_of_embedding(self, embedding: str) -> DType | None:
+        """What the rows of an embedding become that shares them with no layer; None if they stay."""
+        return FORMATS[next((r.format for r in self._rules if r.name != "*" and r.matches(embedding)), "plain")]
+
     def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
         owners = {op.name: op for op in graph if op.kind == "embedding"}
         layers = [op for op in graph.find("linear") if _is_plain(op, owners)]
         if not layers:
             return No("it has no linear layer with plain weights")
         packed = [(op, form) for op in layers for form, _ in self._split(op) if form]
+        shared = {op.tied: op.name for op in graph if op.tied in owners}
+        for op in owners.values():
+            if form := self.format_of_embedding(op.name):
+                if op.name in shared or not _is_float(op):
+                    return No(f"{op.name} has no plain weights of its own; rules for {shared.get(op.name, 'others')} hold")
+                packed.append((op, form))
         for op, form in packed:
-            inputs, outputs = int(op["inputs"]), int(op["outputs"])  # type: ignore[arg-type]
+            inputs, outputs = _sizes(op)
             if form.group and (inputs % form.group or outputs % 2):
                 return No(f"{op.name} has {inputs} inputs and {outputs} outputs: they do not pack as {form.name} by {form.group}")
             if form.bits != 8 and op.tied:
@@ -160,6 +175,8 @@ class Int8(Rewrites):
             if op.kind == "embedding" and op.name in heads:
                 head = heads[op.name]
                 return replace(op, weight=self.format_of(head.name), tied=head.name)
+            if op.kind == "embedding":
+                return replace(op, weight=self.format_of_embedding(op.name) or op.weight)
             if op.kind != "linear" or not _is_plain(op, owners):
                 return op
             tied = "" if op.tied in heads else op.tied
@@ -167,32 +184,51 @@ class Int8(Rewrites):
 
         return graph.map(pack)
 
-    def apply(self, model: "nn.Module", data: object = ()) -> "nn.Module":
-        import torch
-
+    def apply(self, model: "nn.Module", data: "Sequence[Mapping[str, Tensor]]" = ()) -> "nn.Module":
         from narrows.modules.packed_linear import PackedLinear, quantized
 
-        for name, linear, form in self._layers(model):
-            if not torch.isfinite(linear.weight).all():
+        layers = self._layers(model)
+        for name, layer, _ in layers:
+            if not layer.weight.isfinite().all():
                 raise NarrowsError("has weights that are not finite.", where=name, remedy="Restore them first.")
-            _put(model, name, linear, PackedLinear.of(quantized(linear.weight, form), linear.bias))
+        ready = self._compensated(model, layers, data) if self.compensate else {}
+        for name, layer, form in layers:
+            codes = ready.pop(name, None) or PackedLinear.of(quantized(layer.weight, form), getattr(layer, "bias", None))
+            _put(model, name, layer, codes)
         return model
 
     def restructure(self, model: "nn.Module") -> "nn.Module":
         from narrows.modules.packed_linear import PackedLinear
 
-        for name, linear, form in self._layers(model):
-            sizes, weight = (linear.in_features, linear.out_features), linear.weight
-            packed = PackedLinear(*sizes, form, linear.bias is not None, device=weight.device, dtype=weight.dtype)
-            _put(model, name, linear, packed)
+        for name, layer, form in self._layers(model):
+            weight, bias = layer.weight, getattr(layer, "bias", None)
+            outputs, inputs = weight.shape
+            packed = PackedLinear(inputs, outputs, form, bias is not None, device=weight.device, dtype=weight.dtype)
+            _put(model, name, layer, packed)
         return model
 
-    def _layers(self, model: "nn.Module") -> "list[tuple[str, nn.Linear, DType]]":
+    def _layers(self, model: "nn.Module") -> "list[tuple[str, nn.Linear | nn.Embedding, DType]]":
         """The layers to pack with their formats; raises NarrowsError where there is none."""
         found = [(name, layer, form) for name, layer in linears(model).items() if (form := self.format_of(name))]
-        if not found:
+        rows = [(name, layer, form) for name, layer in embeddings(model).items() if (form := self.format_of_embedding(name))]
+        if not found + rows:
             raise NarrowsError("no plain linear layer is to be packed.", where="int8", remedy="Use another technique.")
-        return found
+        return found + rows
+
+    def _compensated(
+        self, model: "nn.Module", layers: "Sequence[tuple[str, nn.Module, DType]]", data: "Sequence[Mapping[str, Tensor]]"
+    ) -> "dict[str, nn.Module]":
+        """The linear layers that get 4 bits, by path, rounded for what they read while the data runs."""
+        from torch import nn
+
+        from narrows.modules.compensated import compensated, moments
+        from narrows.modules.packed_linear import PackedLinear
+
+        chosen = {name: (layer, form) for name, layer, form in layers if form.bits == 4 and isinstance(layer, nn.Linear)}
+        return {
+            name: PackedLinear.of(compensated(chosen[name][0].weight, chosen[name][1], gram), chosen[name][0].bias)
+            for name, gram in moments(model, {name: layer for name, (layer, _) in chosen.items()}, data)
+        }
 
     @classmethod
     def example(cls) -> Example:
@@ -207,7 +243,17 @@ class Int8(Rewrites):
 
 def _is_plain(op: Op, owners: Mapping[str, Op]) -> bool:
     """Whether an op of kind linear has float weights that are its own or an embedding's."""
-    return op.weight is not None and not op.weight.scale_bits and op.weight.bits >= 16 and (not op.tied or op.tied in owners)
+    return _is_float(op) and (not op.tied or op.tied in owners)
+
+
+def _is_float(op: Op) -> bool:
+    return op.weight is not None and not op.weight.scale_bits and op.weight.bits >= 16
+
+
+def _sizes(op: Op) -> tuple[int, int]:
+    """(K, N) of the weights [N, K] of a linear layer, or of an embedding: its width and its vocabulary."""
+    names = ("outputs", "vocabulary") if op.kind == "embedding" else ("inputs", "outputs")
+    return int(op[names[0]]), int(op[names[1]])  # type: ignore[arg-type]
 
 
 def linears(model: "nn.Module") -> "dict[str, nn.Linear]":
@@ -230,14 +276,28 @@ def tied_embedding(model: "nn.Module", name: str, linear: "nn.Linear") -> str:
     return next((path for path, m in embeddings.items() if m.weight is linear.weight or f"{path}.weight" == tied), "")
 
 
-def _put(model: "nn.Module", name: str, linear: "nn.Linear", packed: "nn.Module") -> None:
-    """The packed layer in the place of a linear one, and of the embedding that shares its weights."""
+def embeddings(model: "nn.Module") -> "dict[str, nn.Embedding]":
+    """The plain embeddings of a model that share their weights with no linear layer, by path."""
+    from torch import nn
+
+    found = {name: m for name, m in model.named_modules() if type(m) is nn.Embedding}
+    shared = {tied_embedding(model, name, linear) for name, linear in linears(model).items()} if found else set()
+    return {name: m for name, m in found.items() if name not in shared}
+
+
+def _put(model: "nn.Module", name: str, layer: "nn.Linear | nn.Embedding", packed: "PackedLinear") -> None:
+    """The packed weights in the place of a layer, and of the embedding that shares a linear layer's."""
+    from torch import nn
+
     from narrows.modules.packed_embedding import PackedEmbedding
 
-    embedding = tied_embedding(model, name, linear)
+    if isinstance(layer, nn.Embedding):
+        model.set_submodule(name, PackedEmbedding(packed, "", layer.weight.dtype))
+        return
+    embedding = tied_embedding(model, name, layer)
     model.set_submodule(name, packed)
     if embedding:
-        model.set_submodule(embedding, PackedEmbedding(packed, name, linear.weight.dtype))  # type: ignore[arg-type]
+        model.set_submodule(embedding, PackedEmbedding(packed, name, layer.weight.dtype))
         if hasattr(model, "all_tied_weights_keys"):  # transformers would look for weights to tie that are not there
             model.all_tied_weights_keys, model._tied_weights_keys = {}, {}  # type: ignore[assignment]
 

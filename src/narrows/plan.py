@@ -1,7 +1,8 @@
 """An ordered composition of techniques that is checked, rewritten and applied as one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from narrows.errors import NarrowsError, closest
@@ -11,13 +12,23 @@ from narrows.machine import Machine
 from narrows.own import OWN
 from narrows.papers import papers
 from narrows.step import Step
-from narrows.technique import Described, No, Rewrites, Technique, Trains, Verdict, built, technique
+from narrows.technique import Described, No, Rewrites, Stage, Technique, Trains, Verdict, built, technique
 
 if TYPE_CHECKING:
     import torch
 
 
 Prepare = Callable[[Graph], Graph]
+
+# Why a stage comes before all later ones.
+BEFORE = {
+    Stage.REMOVE: "what is removed needs no further work, and what is left is judged as it was trained",
+    Stage.FACTOR: "layers are split by their full weights, before these are rounded or packed",
+    Stage.CAST: "packed weights keep the dtype of what they are made from",
+    Stage.QUANTIZE: "a cache is judged with the weights that will fill it",
+    Stage.CACHE: "what is trained or compiled must be the final model",
+    Stage.TRAIN: "what is compiled must be the final model",
+}
 
 
 def _as_it_is(graph: Graph) -> Graph:
@@ -28,15 +39,21 @@ def _as_it_is(graph: Graph) -> Graph:
 class Plan:
     """Techniques in the order in which they are applied: by stage, whatever order they were given in.
 
-    Two techniques of one stage that touch the same part exclude each other. `Plan.parse(str(plan)) == plan`.
+    Two techniques of one stage that touch the same part exclude each other. `moved` says which pair was exchanged and why,
+    '' where the order given was right. `Plan.parse(str(plan)) == plan`.
     """
 
     steps: tuple[Rewrites | Trains, ...] = ()
+    moved: str = field(default="", init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for step in self.steps:
             if not isinstance(step, Rewrites | Trains):
                 raise NarrowsError(f"{type(step).__name__} does not change a model.", where="plan", remedy="Use it on its own.")
+        wrong = next(((a, b) for a, b in pairwise(self.steps) if a.card.stage > b.card.stage), None)
+        if wrong:
+            late, early = (one.card for one in wrong)
+            object.__setattr__(self, "moved", f"{early.slug} is applied before {late.slug}: {BEFORE[early.stage]}")
         object.__setattr__(self, "steps", tuple(sorted(self.steps, key=lambda t: t.card.stage)))
 
     def __iter__(self) -> Iterator[Rewrites | Trains]:
@@ -89,14 +106,21 @@ class Plan:
             yield one, prepare if one is first else _as_it_is
 
     def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
-        """The model after all of them; the one given is spent. Raises NarrowsError where calibration data is missing."""
+        """The model after all of them; the one given is spent.
+
+        Raises NarrowsError where calibration data is missing, or a weight is NaN or infinite, before anything is changed.
+        """
         for one in self.steps:
             slug = one.card.slug
             if not isinstance(one, Rewrites):
                 raise NarrowsError(f"{slug} changes how a model is trained.", where="plan", remedy="Use its attach().")
             if "calibration" in one.card.needs and not data:
                 raise NarrowsError(f"{slug} needs calibration data.", where="plan", remedy="Pass a few batches, or --text FILE.")
-            model = one.apply(model, data)
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
+                raise NarrowsError("holds NaN or infinite numbers.", where=name, remedy="Repair the model first.")
+        for one in self.steps:
+            model = one.apply(model, data)  # type: ignore[union-attr]
         return model
 
 

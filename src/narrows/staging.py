@@ -1,6 +1,6 @@
-"""Making a directory appear all at once: filled beside its place, flushed to the disk, renamed.
+"""Making a directory or a file appear all at once: filled beside its place, flushed to the disk, renamed.
 
-Whoever looks, and whenever the writer is killed, finds the old directory, none, or the whole new one. A kernel lock keeps
+Whoever looks, and whenever the writer is killed, finds the old one, none, or the whole new one. A kernel lock keeps
 a second writer out and falls with its process, so what a killed run has left is known to be dead.
 """
 
@@ -65,13 +65,36 @@ def replacing(out: str | Path, overwrite: bool, mark: str) -> Iterator[Path]:
                 shutil.rmtree(staging, ignore_errors=True)  # gone after a rename; otherwise the error that led here counts
 
 
+@contextmanager
+def replacing_file(out: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A path to write a file to, which becomes `out` when the block ends; an error leaves everything as it was."""
+    with Explained(Path(out), "Free some space there, or choose another file."):
+        target = Path(os.path.realpath(out))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _only_writer(target):
+            _recover(target)
+            check_place(target, overwrite, "")
+            staging = _beside(target, "")
+            try:
+                yield staging
+                _flush(staging)
+                os.replace(staging, target)
+                _flush(target.parent)
+            finally:
+                staging.unlink(missing_ok=True)
+
+
 def check_place(target: Path, overwrite: bool, mark: str) -> bool:
-    """Whether something is there that would be replaced. Raises NarrowsError where it may not be, by the rules of `replacing`."""
-    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    """Whether something is there that would be replaced: a directory that holds `mark`, or a file where that is ''.
+
+    Raises NarrowsError where it may not be.
+    """
+    taken = target.exists() and (not target.is_dir() or not mark or any(target.iterdir()))
     if taken and not overwrite:
-        raise NarrowsError("is there already.", where=str(target), remedy="Choose another directory, or overwrite it.")
-    if taken and not (target / mark).is_file():
-        raise NarrowsError(f"has no {mark}, and is not overwritten.", where=str(target), remedy=_ELSEWHERE)
+        raise NarrowsError("is there already.", where=str(target), remedy="Choose another place, or overwrite it.")
+    if taken and not (target / mark if mark else target).is_file():
+        problem = f"has no {mark}, and is not overwritten." if mark else "is a directory."
+        raise NarrowsError(problem, where=str(target), remedy="Choose another place.")
     return taken
 
 
@@ -111,7 +134,7 @@ def _recover(target: Path) -> None:
         if match and match[1] and not target.exists():
             os.rename(path, target)  # killed between the two renames: the old one is whole
         elif match:
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

@@ -97,6 +97,7 @@ class Card:
     exact      it leaves the function unchanged;  price  one sentence: what it costs in quality or training
     touches    the parts it changes: two techniques of one stage that touch the same part exclude each other
     needs      what `apply` must be given besides the model: "calibration" data, "training"
+    blockwise  `apply` works on one block after another as on the whole model: it can be streamed (see `streaming`)
     """
 
     slug: str
@@ -108,6 +109,7 @@ class Card:
     stage: Stage = Stage.REMOVE
     touches: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    blockwise: bool = False
 
 
 def choice(first: Any, *others: Any, help: str = "") -> Any:

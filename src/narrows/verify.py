@@ -6,20 +6,25 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from narrows.claims import versions
+from narrows.diagnose import Diagnosis, diagnose
 from narrows.figures import write
+from narrows.graph import Graph
+from narrows.machine import Machine
 from narrows.plan import Plan
 from narrows.progress import Tell, silent
+from narrows.step import Step
 
 if TYPE_CHECKING:
     import torch
 
 Batches = Sequence[Mapping[str, "torch.Tensor"]]
+Predicted = tuple[float, float, float]  # a speed-up, and the ends of its interval
 
 
 @dataclass(frozen=True)
@@ -168,12 +173,79 @@ def generation_steps(model: "torch.nn.Module", prompt: int, context: int) -> dic
     return {"prefill": prefill, "decode": decode}
 
 
+@dataclass(frozen=True)
+class Quality:
+    """What a change did to a model's answers: a measure before and after, the share that is the same, what a gate objects to."""
+
+    measure: str
+    before: float
+    after: float
+    agreement: float
+    failure: str
+
+
+class Judge:
+    """A model's answers to held-out batches, by which changes of it are judged; the model itself is not kept.
+
+    quality: a name and the user's own function of (model, batches), larger is better; by default perplexity of a causal
+    language model (smaller is better), else the cosine of the outputs.
+    """
+
+    def __init__(
+        self,
+        model: "torch.nn.Module",
+        batches: Batches,
+        quality: tuple[str, Callable[["torch.nn.Module", Batches], float]] | None,
+    ) -> None:
+        self.batches, self.own = batches, quality
+        self.causal = hasattr(model, "lm_head") and "input_ids" in batches[0]
+        self.answers = [outputs(model, batch) for batch in batches[:4]]
+        self.before = self.own[1](model, batches) if self.own else perplexity(model, batches) if self.causal else 1.0
+
+    def judge(self, changed: "torch.nn.Module", gate: Gate = Gate()) -> Quality:
+        """The quality of a changed model, and whether a gate lets it pass (NaN never does)."""
+        cosine, agreement = compare(self.answers, [outputs(changed, batch) for batch in self.batches[:4]])
+        failure = ""
+        if self.own:
+            name, after = self.own[0], self.own[1](changed, self.batches)
+            if not after >= self.before * gate.cosine:
+                failure = f"{name} fell from {self.before:.4g} to {after:.4g}, below {gate.cosine:g} of the original"
+        elif self.causal:
+            name, after = "perplexity", perplexity(changed, self.batches)
+            if not after <= self.before * gate.perplexity:
+                limit = f"above {gate.perplexity:g} times the original"
+                failure = f"perplexity rose from {self.before:.4g} to {after:.4g}, {limit}"
+        else:
+            name, after = "cosine", cosine
+            if not cosine >= gate.cosine:
+                failure = f"cosine of the outputs is {cosine:.4f}, below {gate.cosine:g}"
+        return Quality(name, self.before, after, agreement, failure)
+
+
+def steps_of(
+    model: "torch.nn.Module", prompt: int, context: int, batch: Mapping[str, "torch.Tensor"]
+) -> tuple[dict[str, Step], dict[str, Callable[[], object]]]:
+    """The steps that a model is timed in by kind: their sizes, and the calls (a model that does not generate runs `batch`)."""
+    if hasattr(model, "lm_head"):
+        sizes = {"prefill": Step.prefill(1, prompt), "decode": Step.decode(1, context)}
+        return sizes, generation_steps(model, prompt, context)
+    short = {key: value[:, :prompt] for key, value in batch.items()}
+    return {"forward": Step.forward(1, prompt)}, {"forward": lambda: outputs(model, short)}
+
+
+def foreseen(graph: Graph, plan: Plan, machine: Machine, step: Step, name: str = "") -> tuple[Diagnosis, Diagnosis, Predicted]:
+    """The diagnoses of a graph and of what a plan makes of it (called `name`), and the speed-up they predict."""
+    ours, theirs = (diagnose(g, machine, step) for g in (graph, replace(plan.rewrite(graph), name=name or graph.name)))
+    ratios = [a / b for a, b in zip((ours.seconds, *ours.interval), (theirs.seconds, *theirs.interval), strict=True)]
+    return ours, theirs, (ratios[0], min(ratios), max(ratios))
+
+
 def verify(
     before: "torch.nn.Module",
     after: "torch.nn.Module",
     batches: Batches,
     plan: Plan,
-    predicted: Mapping[str, tuple[float, float, float]],
+    predicted: Mapping[str, Predicted],
     predicted_bytes: float,
     steps: Mapping[str, tuple[Callable[[], object], Callable[[], object]]],
     gate: Gate = Gate(),
@@ -188,31 +260,16 @@ def verify(
     batches     held-out inputs for quality (keyword arguments of forward)
     predicted   for each timed step, (speed-up, low, high);  predicted_bytes  of the weights after
     steps       for each timed step, the two calls to time
-    quality     a name and the user's own function of (model, batches), larger is better; by default perplexity of a
-                causal language model (smaller is better), else the cosine of the outputs
+    quality     as `Judge` takes it
     """
     import torch
 
     torch.set_num_threads(1)
     tell("quality of the original")
-    causal = hasattr(before, "lm_head") and "input_ids" in batches[0]
-    reference = [outputs(before, b) for b in batches[:4]]
+    judge = Judge(before, batches, quality)
     tell("quality of the changed model")
-    cosine, agreement = compare(reference, [outputs(after, b) for b in batches[:4]])
-    failures: list[str] = []
-    if quality is not None:
-        name, measure = quality
-        q_before, q_after = measure(before, batches), measure(after, batches)
-        if not q_after >= q_before * gate.cosine:  # NaN fails too
-            failures.append(f"{name} fell from {q_before:.4g} to {q_after:.4g}, below {gate.cosine:g} of the original")
-    elif causal:
-        name, q_before, q_after = "perplexity", perplexity(before, batches), perplexity(after, batches)
-        if not q_after <= q_before * gate.perplexity:
-            failures.append(f"perplexity rose from {q_before:.4g} to {q_after:.4g}, above {gate.perplexity:g} times the original")
-    else:
-        name, q_before, q_after = "cosine", 1.0, cosine
-        if not cosine >= gate.cosine:
-            failures.append(f"cosine of the outputs is {cosine:.4f}, below {gate.cosine:g}")
+    judged = judge.judge(after, gate)
+    failures = [judged.failure] if judged.failure else []
     speed: dict[str, Speed] = {}
     for step, (old, new) in steps.items():
         a, b, ratio, same = time_pair(old, new, rounds, tell, f"timing {step}")
@@ -225,8 +282,9 @@ def verify(
     if abs(small - predicted_bytes) > 0.02 * predicted_bytes:
         failures.append(f"weights take {small:,} bytes, predicted {predicted_bytes:,.0f}")
     return Verification(
-        model, str(plan), name, q_before, q_after, agreement, speed, large, small, round(predicted_bytes), text, tuple(failures)
-    )
+        model, str(plan), judged.measure, judged.before, judged.after, judged.agreement, speed, large, small,
+        round(predicted_bytes), text, tuple(failures)
+    )  # fmt: skip
 
 
 def as_json(found: Verification) -> dict[str, Any]:

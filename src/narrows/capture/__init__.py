@@ -67,7 +67,7 @@ def capture(
 
 def _read(path: Path, name: str) -> Graph:
     """A config.json or a graph file, told apart by what is in it."""
-    from narrows.capture.config import FAMILIES, from_config, read_config
+    from narrows.capture.config import read_config
 
     if path.exists() and not path.is_file():
         raise NarrowsError("it is not a file.", where=str(path), remedy="Give a config.json or its directory.")
@@ -77,18 +77,31 @@ def _read(path: Path, name: str) -> Graph:
                 file.seek(0)
                 return Graph.from_json(file.read().decode("utf-8", "replace"), str(path))
     config = read_config(path)
+    noted = config.get("quantization_config")
+    if isinstance(noted, dict) and isinstance(noted.get("narrows"), str):  # the plan by which narrows changed the structure
+        from narrows.plan import Plan
+
+        plain = {key: value for key, value in config.items() if key != "quantization_config"}
+        return Plan.parse(noted["narrows"]).rewrite(_of(plain, name, str(path)))
+    return _of(config, name, str(path))
+
+
+def _of(config: dict[str, Any], name: str, where: str) -> Graph:
+    """The graph of a config, by whoever knows its family."""
+    from narrows.capture.config import FAMILIES, from_config
+
     family = config.get("model_type", "")
     foreign = isinstance(family, str) and family not in FAMILIES
     if "_class_name" in config:
-        require(str(path), "diffusers", "torch", "diffusers")
+        require(where, "diffusers", "torch", "diffusers")
         from narrows.capture.hf import from_diffusers
 
-        return from_diffusers(config, name, where=str(path))
+        return from_diffusers(config, name, where=where)
     if foreign and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
         from narrows.capture.hf import from_transformers
 
-        return from_transformers(config, name, str(path))
-    return from_config(config, name, str(path))
+        return from_transformers(config, name, where)
+    return from_config(config, name, where)
 
 
 def _made(name: str) -> "torch.nn.Module":

@@ -14,7 +14,8 @@ from narrows.graph import Graph
 from narrows.layout import Layout
 from narrows.machine import cluster
 from narrows.simulate.memory import peak_bytes
-from narrows.simulate.training import Axes, network, step_seconds
+from narrows.simulate.network import Axes, network
+from narrows.simulate.training import step_seconds
 from narrows.technique import Trial
 from narrows.techniques.profiling_cost_models.cubicml import CubicML
 

@@ -5,7 +5,7 @@ from math import log2
 
 from narrows.machine import cluster
 from narrows.measured.published import Shape, decoder
-from narrows.search.train import Job
+from narrows.search.priced import Job
 from narrows.techniques.training_parallelism.trillion_parameter_training_on_frontier import TrillionOnFrontier
 
 _SEQUENCE = 2048

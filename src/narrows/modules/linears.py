@@ -29,6 +29,19 @@ def csr(outputs: int, nonzeros: int) -> DType:
     return DType("csr", 32 + 32 * (outputs + 1) / nonzeros, group=1, scale_bits=32)
 
 
+CSL_TILE = (128, 64)  # outputs x inputs
+
+
+def csl(inputs: int, outputs: int, nonzeros: int) -> DType:
+    """Tiled CSL: 32 bits for each nonzero, a bf16 number and its place in its tile, and where each tile's begin.
+
+    Compressed to be read alone: what multiplies is the whole matrix, so that the bits are spread over its zeros too.
+    """
+    down, across = CSL_TILE
+    tiles = -(-outputs // down) * -(-inputs // across)
+    return DType("csl", 32 * (nonzeros + tiles + 1) / (inputs * outputs))
+
+
 @dataclass(frozen=True, slots=True)
 class Planes:
     """How a weight that is a sum of scaled planes of signs or trits is kept.

@@ -201,6 +201,17 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
         scale, offset = scales.transpose(0, 1).unbind(-1)
         return Codes(codes, scale.contiguous(), (8 - offset / scale).round().to(torch.uint8), self.form)
 
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [..., K] of the weights, unpacked, by their numbers [...]."""
+        if self.form.bits == 8:
+            return self.packed[ids].to(dtype) * self.scales[ids].view(torch.bfloat16).to(dtype)[..., None]
+        half, inputs = self.block // 2, self.in_features
+        bytes_ = self.packed.view(-1, inputs, half)[ids // self.block, :, ids % half]
+        codes = torch.where((ids % self.block >= half)[..., None], bytes_ >> 4, bytes_ & 15).float() - 8
+        scale, offset = self.scales[:, ids].view(torch.bfloat16).float().movedim(0, -2).unbind(-1)
+        grouped = codes.unflatten(-1, (-1, self.form.group))
+        return (grouped * scale[..., None] + offset[..., None]).flatten(-2).to(dtype)
+
     @property
     def resident_bytes(self) -> int:
         """Bytes of everything the layer keeps in memory."""

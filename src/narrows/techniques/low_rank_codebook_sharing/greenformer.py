@@ -45,6 +45,7 @@ class Greenformer(Rewrites):
         exact=False,
         stage=Stage.FACTOR,
         touches=("linear weights", "convolution weights"),
+        blockwise=True,
         price="quality falls with the rank; tune briefly afterwards",
         claims=(
             Claim(

@@ -32,8 +32,8 @@ from narrows.layout import RECOMPUTE, Layout, divisors
 from narrows.machine import Cluster, Machine, cluster
 from narrows.parallel import layer_count
 from narrows.simulate.memory import peak_bytes
+from narrows.simulate.network import Axes, network
 from narrows.simulate.operators import Key, Profile, play_step, stages
-from narrows.simulate.training import Axes, network
 from narrows.step import Step
 from narrows.technique import Card, Claim, Measures, Reading, choice
 

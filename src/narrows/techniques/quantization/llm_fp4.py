@@ -45,6 +45,7 @@ class LLMFP4(CodesWeights):
         exact=False,
         stage=Stage.QUANTIZE,
         touches=("linear weights",),
+        blockwise=True,
         needs=("calibration",),
         price="8 % of a 13-billion model's accuracy; small models lose far more",
         claims=(

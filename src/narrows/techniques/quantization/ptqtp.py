@@ -43,6 +43,7 @@ class PTQTP(ReplacesLinears):
         exact=False,
         stage=Stage.QUANTIZE,
         touches=("linear weights",),
+        blockwise=True,
         price="above three bits a weight for a loss between that of 3-bit and 4-bit integers; slow without a kernel of its own",
         claims=(
             Claim(

@@ -48,6 +48,7 @@ class ShiftAddLLM(ReplacesLinears):
         exact=False,
         stage=Stage.QUANTIZE,
         touches=("linear weights",),
+        blockwise=True,
         needs=("calibration",),
         price="rounding to 2 to 4 bits, made up for on calibration data; slow without a kernel of its own",
         claims=(

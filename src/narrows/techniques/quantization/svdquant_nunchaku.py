@@ -45,6 +45,7 @@ class SVDQuant(ReplacesLinears):
         exact=False,
         stage=Stage.QUANTIZE,
         touches=("linear weights",),
+        blockwise=True,
         needs=("calibration",),
         price="rounding to 4 bits on both sides; a rank of 32 costs a third of a bit a weight in layers 3072 wide",
         claims=(

@@ -43,6 +43,7 @@ class ZeroQuantFP6(CodesWeights):
         exact=False,
         stage=Stage.QUANTIZE,
         touches=("linear weights",),
+        blockwise=True,
         price="about 1 % more perplexity at 135 M parameters, without calibration",
         claims=(
             Claim(
