@@ -149,7 +149,7 @@ def expert_parallel(graph: Graph, devices: int) -> Graph:
 
 
 def pipelined(graph: Graph, stages: int) -> Graph:
-    """The graph with what passes between `stages` that share its layers: a token's residual stream, once from each to the next."""
+    """The graph with what passes between `stages` that share its layers: a token's residual stream, from each to the next."""
     inside = next((op for op in graph.forward if is_layer(op)), None)
     if stages == 1:
         return graph

@@ -36,8 +36,10 @@ def expansion_error(technique: FlashLLM) -> float:
     """Largest distance of a layer's outputs from the masked dense layer's, over the largest of those; masks are by sorting."""
     import torch
 
+    from narrows.modules.csl_linear import CSLLinear
+
     plain, sparse = _layer(), technique.apply(_layer())
-    names = [name for name, layer in sparse.named_modules() if hasattr(layer, "entries")]
+    names = [name for name, layer in sparse.named_modules() if isinstance(layer, CSLLinear)]
     worst = 0.0 if names else math.inf
     for name in names:
         layer: Any = sparse.get_submodule(name)
@@ -58,10 +60,12 @@ def bytes_saved(technique: FlashLLM) -> float:
     from safetensors.torch import save_file
     from torch import nn
 
+    from narrows.modules.csl_linear import CSLLinear
+
     resident, stored = [], []
     with tempfile.TemporaryDirectory() as folder:
         for model in (_layer().bfloat16(), technique.apply(_layer().bfloat16())):
-            linear = (m for m in model.modules() if isinstance(m, nn.Linear) or hasattr(m, "entries"))
+            linear = (m for m in model.modules() if isinstance(m, nn.Linear | CSLLinear))
             tensors = {f"{i}.{name}": t for i, m in enumerate(linear) for name, t in m.state_dict().items()}
             resident.append(sum(t.nbytes for t in tensors.values()))
             save_file(tensors, Path(folder) / "layers.safetensors")
