@@ -225,12 +225,13 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         if x.is_meta:
             return x.new_empty(*x.shape[:-1], self.out_features)
-        flat = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and x.requires_grad:
+        rows = x.numel() // self.in_features
+        flat = x.reshape(rows, self.in_features)
+        if x.requires_grad and torch.is_grad_enabled():
             y = F.linear(flat, self.codes.weight(x.dtype))
-        elif self.native and x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(flat) <= self.kernel_rows:
+        elif rows <= self.kernel_rows and x.is_cpu and x.dtype is torch.bfloat16 and self.native:
             y = self._kernel(flat.contiguous())
-        elif x.is_cuda and len(flat) <= CUDA_ROWS and self.on_cuda(x.dtype):
+        elif x.is_cuda and rows <= CUDA_ROWS and self.on_cuda(x.dtype):
             y = self._cuda(flat)
         else:
             y = self._unpacked(flat)
@@ -238,10 +239,11 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
         return y.view(*x.shape[:-1], self.out_features)
 
     def _kernel(self, x: Tensor) -> Tensor:
-        scales = self.scales.view(torch.bfloat16).to(x.dtype)
+        kept = self._buffers  # as attributes they are looked for elsewhere first, which shows in a token's step
+        packed, scales = kept["packed"], kept["scales"].view(torch.bfloat16)
         if self.form.bits == 8:
-            return torch.ops.aten._weight_int8pack_mm(x, self.packed, scales)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.form.group, scales)
+            return torch.ops.aten._weight_int8pack_mm(x, packed, scales)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, self.form.group, scales)
 
     def on_cuda(self, dtype: torch.dtype) -> bool:
         """Whether a kernel for CUDA reads this layer's layout."""
