@@ -49,6 +49,12 @@ def fitted() -> dict[str, Any]:
     return tomllib.loads(files("narrows.data").joinpath("efficiency.toml").read_text("utf-8"))
 
 
+def medians(table: str, framework: str = "") -> dict[str, float]:
+    """The fitted constants of a table, those of a framework (`table-framework`) in their place where it has its own."""
+    tables = (fitted()[table], fitted().get(f"{table}-{framework}", {}))
+    return {name: entry["median"] for one in tables for name, entry in one.items()}
+
+
 @cache
 def generation(name: str) -> str:
     """The hardware generation of a machine by its name (`h100-sxm` is `hopper`), or '' where none is known."""

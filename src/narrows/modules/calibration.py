@@ -13,6 +13,12 @@ from narrows.errors import NarrowsError
 _WHOLE = "Calibrate the whole model."
 
 
+def require_data(data: Sequence[Mapping[str, Tensor]], why: str, where: str) -> None:
+    """Raise NarrowsError where there is nothing to calibrate on; `why` says what needs it."""
+    if not data:
+        raise NarrowsError(f"{why} calibration data.", where=where, remedy="Pass a few batches, or --text FILE.")
+
+
 def vectors(layer: nn.Module, x: Tensor) -> Tensor:
     """What the outputs [T, N] of a linear layer are products of: its input as [T, K]."""
     return x.reshape(-1, x.shape[-1])

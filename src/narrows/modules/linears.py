@@ -1,7 +1,7 @@
 """What techniques share that put another layer in the place of every plain linear one, and how planes are kept."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from narrows.step import Step
 from narrows.technique import No, Rewrites, Verdict
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 NUMBERS_PER_BYTE = {2: 8, 3: 5}  # signs and trits
 HEADS = ("lm_head", "classifier", "score", "embed_out", "decoder")  # what families call the layer that gives the answer
@@ -127,6 +127,24 @@ class ReplacesLinears(Rewrites):
             if not linear.weight.is_meta and not linear.weight.isfinite().all():
                 raise NarrowsError("weights are NaN or infinite.", where=f"{where}: {name}", remedy="Repair the model first.")
         return found
+
+    def calibrated(
+        self,
+        model: "nn.Module",
+        data: "Sequence[Mapping[str, Tensor]]",
+        rows: int,
+        why: str,
+        make: "Callable[[nn.Linear, Tensor | None], nn.Module]",
+    ) -> "nn.Module":
+        """The model with what `make` gives for each layer and `rows` of its inputs [T, K], None where no data reached it."""
+        from narrows.modules.calibration import observed, require_data
+
+        layers = self.layers(model)
+        require_data(data, why, self.card.slug)
+        inputs = observed(model, layers, data, rows)
+        for name, linear in layers.items():
+            model.set_submodule(name, make(linear, inputs.get(name)))
+        return model
 
     def _fits(self, op: Op) -> bool:
         """Whether an op is a linear layer with plain weights of its own, other than the output layer."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from narrows.costmodel import fitted
+from narrows.costmodel import medians
 from narrows.layout import SCHEDULES, Layout
 from narrows.simulate.network import FULL, NONE, Axes, Network, Part
 
@@ -56,8 +56,7 @@ def constants(framework: str = "") -> dict[str, float]:
     margin, cached     shares of all tensors: lost to fragmentation, and kept free by the allocator (0 where not said)
     runtime            bytes of the device that no tensor takes
     """
-    tables = (fitted()["training-memory"], fitted().get(f"training-memory-{framework}", {}))
-    return {name: entry["median"] for table in tables for name, entry in table.items()}
+    return medians("training-memory", framework)
 
 
 def stages(layout: Layout, net: Network | None = None) -> list[int]:

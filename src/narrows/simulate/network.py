@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from narrows.backward import training
-from narrows.costmodel import ATTENTION, fitted, seconds_of
+from narrows.costmodel import ATTENTION, medians, seconds_of
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Graph, Op, at
 from narrows.kinds import COLLECTIVES
@@ -173,8 +173,7 @@ def constants(framework: str = "") -> dict[str, float]:
     message_us  host time of a message;  step_ms  of a step
     exposed     share of an exchange beside the computation by which the two slow each other
     """
-    tables = (fitted()["training"], fitted().get(f"training-{framework}", {}))
-    return {name: entry["median"] for table in tables for name, entry in table.items()}
+    return medians("training", framework)
 
 
 def network(

@@ -105,12 +105,12 @@ class JLCM(ReplacesLinears):
         return CodebookLinear(linear.in_features, linear.out_features, self.form, self.rows, linear.bias is not None, **made)
 
     def apply(self, model: "nn.Module", data: Sequence[Mapping[str, "Tensor"]]) -> "nn.Module":
-        from narrows.modules.calibration import observed
+        from narrows.modules.calibration import observed, require_data
         from narrows.modules.codebook_linear import CodebookLinear
 
         layers = self.layers(model)
-        if self.steps and not data:
-            raise NarrowsError("learning needs calibration data.", where="jlcm", remedy="Pass a few batches, or --text FILE.")
+        if self.steps:
+            require_data(data, "learning needs", "jlcm")
         for names in _blocks(layers):  # block by block: the inputs of all layers at once would be larger than the model
             inputs = observed(model, {name: layers[name] for name in names}, data, SAMPLES) if self.steps else {}
             for name in names:

@@ -132,6 +132,8 @@ class AWQ(Rewrites):
         """
         import torch
 
+        from narrows.modules.calibration import require_data
+
         names = {name for name, _ in model.named_modules()}
         linears = _linears(model)
         verdict = self._fits({name: (m.in_features, m.out_features) for name, m in linears.items()}, names)
@@ -139,9 +141,7 @@ class AWQ(Rewrites):
             raise NarrowsError(f"{verdict.reason}.", where="awq", remedy="Use another technique or another group.")
         if not self.search:
             return model, {}
-        if not data:
-            problem = "the search for scales needs calibration data."
-            raise NarrowsError(problem, where="awq", remedy="Pass a few batches, or --text FILE.")
+        require_data(data, "the search for scales needs", "awq")
         inputs, norms = _observe(model, linears, data)
         with torch.no_grad():
             for readers, writer in _groups(linears):

@@ -116,12 +116,11 @@ class INT2(ReplacesLinears):
     def apply(self, model: "nn.Module", data: Sequence[Mapping[str, "Tensor"]]) -> "nn.Module":
         import torch
 
+        from narrows.modules.calibration import require_data
         from narrows.modules.planes import PlanesLinear
 
         layers = self.layers(model)
-        if not data:
-            problem = "the branches learn from calibration data."
-            raise NarrowsError(problem, where="int2-1-emef-lrec", remedy="Pass a few batches, or --text FILE.")
+        require_data(data, "the branches learn from", "int2-1-emef-lrec")
         training = model.training
         with torch.no_grad():
             wanted = [_main(model.eval()(**batch)).float() for batch in data]

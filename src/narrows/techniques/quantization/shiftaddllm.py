@@ -103,16 +103,7 @@ class ShiftAddLLM(ReplacesLinears):
         return PlanesLinear.like(linear, self.form)
 
     def apply(self, model: "nn.Module", data: Sequence[Mapping[str, "Tensor"]]) -> "nn.Module":
-        from narrows.modules.calibration import observed
-
-        layers = self.layers(model)
-        if not data:
-            problem = "the error of the activations needs calibration data."
-            raise NarrowsError(problem, where="shiftaddllm", remedy="Pass a few batches, or --text FILE.")
-        inputs = observed(model, layers, data, SAMPLES)
-        for name, linear in layers.items():
-            model.set_submodule(name, self.planes(linear, inputs.get(name)))
-        return model
+        return self.calibrated(model, data, SAMPLES, "the error of the activations needs", self.planes)
 
     def planes(self, linear: "nn.Linear", x: "Tensor | None") -> "nn.Module":
         """The layer in planes, for inputs like x [T, K]; None for a layer that no data reached."""

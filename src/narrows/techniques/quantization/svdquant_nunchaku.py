@@ -95,16 +95,7 @@ class SVDQuant(ReplacesLinears):
         return BranchedLinear(base, *sizes, linear.weight) if self.rank else base
 
     def apply(self, model: "nn.Module", data: Sequence[Mapping[str, "Tensor"]]) -> "nn.Module":
-        from narrows.modules.calibration import observed
-
-        layers = self.layers(model)
-        if not data:
-            problem = "the search for what to smooth needs calibration data."
-            raise NarrowsError(problem, where="svdquant-nunchaku", remedy="Pass a few batches, or --text FILE.")
-        inputs = observed(model, layers, data, SAMPLES)
-        for name, linear in layers.items():
-            model.set_submodule(name, self.replaced(linear, inputs.get(name)))
-        return model
+        return self.calibrated(model, data, SAMPLES, "the search for what to smooth needs", self.replaced)
 
     def replaced(self, linear: "nn.Linear", x: "Tensor | None") -> "nn.Module":
         """The layer whose outputs for inputs x [T, K] change least; without inputs nothing is smoothed."""
