@@ -56,8 +56,9 @@ def test_accelerate_takes_a_step_as_its_settings_say(tmp_path: Path) -> None:
     settings, script = tmp_path / "settings.yaml", tmp_path / "step.py"
     settings.write_text(emit("accelerate", Layout.parse("data=2,shard=2"), from_config(small(Layout()), "small"), 64, 8))
     script.write_text(STEP)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings), str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]  # any free port
+    done = subprocess.run([*launch, "--config_file", settings, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["ranks"], found["precision"]) == (2, "no")
     assert found["sharded"] == 3  # each block, and the whole

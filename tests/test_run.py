@@ -332,7 +332,8 @@ def test_the_command_line_times_a_plan_beside_its_forecast(tmp_path: Path, monke
 
 
 def test_torchrun_starts_the_same_run() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "narrows", "run", "train",
-               "tensor=2", "--json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "-m", "narrows", "run", "train", "tensor=2", "--json"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["passed"]
