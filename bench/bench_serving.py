@@ -28,7 +28,8 @@ from typing import Any
 from narrows.capture import capture
 from narrows.figures import write
 from narrows.machine import machine
-from narrows.search.screen import EVERY, Job, Kind, screen
+from narrows.search.deployments import EVERY, Job, Kind
+from narrows.search.screen import screen
 from narrows.search.serve import plan_serve
 from narrows.simulate.asked import saturation
 from narrows.simulate.workload import Lengths, generate, read

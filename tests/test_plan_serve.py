@@ -24,7 +24,8 @@ from narrows.emit import ENGINES, emit_server, sglang_0_5, vllm_0_19
 from narrows.errors import NarrowsError
 from narrows.machine import machine
 from narrows.report.serving import deployment_table, plan_sentence
-from narrows.search.screen import EVERY, Config, Job, Kind, Side, Space, screen, served
+from narrows.search.deployments import EVERY, Config, Job, Kind, Side, Space, served
+from narrows.search.screen import screen
 from narrows.search.serve import _scales, as_json, plan_serve, taken_for_granted
 from narrows.simulate.asked import saturation
 from narrows.simulate.fleet import Group, rules, serve

@@ -23,7 +23,7 @@ from narrows.cli.planning import plan
 from narrows.errors import NarrowsError
 
 if TYPE_CHECKING:
-    from narrows.search.screen import Kind
+    from narrows.search.deployments import Kind
     from narrows.simulate.speculation import Speculation
 
 KEPT = 1000  # requests in a trace of their times: more cannot be told apart in a picture
@@ -347,7 +347,7 @@ def plan_serve(model: str, machines: tuple[str, ...], ttft: float, tpot: float, 
     from narrows.capture import capture
     from narrows.capture.config import longest
     from narrows.search import serve as search
-    from narrows.search.screen import EVERY, Job, Space
+    from narrows.search.deployments import EVERY, Job, Space
 
     if not load["hours"]:
         load["count"] = load["count"] or max(FEWEST, min(round(LASTS * (load["rate"] or 0.0)), MOST))
@@ -387,7 +387,7 @@ def plan_serve(model: str, machines: tuple[str, ...], ttft: float, tpot: float, 
 def _kind(text: str) -> "Kind":
     """Devices by name and number; a cluster has its own number of them, joined inside a node by its link."""
     from narrows.machine import HOST_LINKS, cluster, clusters, machine
-    from narrows.search.screen import Kind
+    from narrows.search.deployments import Kind
 
     name, _, many = text.rpartition(":") if text.rpartition(":")[2].isdigit() else (text, "", "")
     if name.lower() in clusters():

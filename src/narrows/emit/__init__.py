@@ -9,7 +9,7 @@ from narrows.emit.run import Run
 from narrows.errors import NarrowsError, closest
 from narrows.graph import Graph
 from narrows.layout import Layout
-from narrows.search.screen import Config
+from narrows.search.deployments import Config
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from narrows.errors import NarrowsError
-from narrows.search.screen import OWN, Config
+from narrows.search.deployments import OWN, Config
 
 CHECKPOINTS = {"int8": "W8A16", "int4": "W4A16"}  # formats of weights that an engine reads from a checkpoint's config
 

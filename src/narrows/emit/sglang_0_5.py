@@ -3,7 +3,7 @@
 import shlex
 
 from narrows.emit.deployment import Deployment, command
-from narrows.search.screen import Side
+from narrows.search.deployments import Side
 
 # Found among the fields of ServerArgs of 0.5.23 (python/sglang/srt/arg_groups/fields), and of sglang-router 0.3.2; a test
 # lets no other flag out.

@@ -4,7 +4,7 @@ import json
 import shlex
 
 from narrows.emit.deployment import Deployment, command
-from narrows.search.screen import Side
+from narrows.search.deployments import Side
 from narrows.simulate.fleet import UTILIZATION
 
 # Found in vllm/engine/arg_utils.py of 0.19.1 and of 0.33.0; a test lets no other flag out.

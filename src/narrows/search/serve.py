@@ -14,7 +14,8 @@ from narrows import energy
 from narrows.diagnose import diagnose, seconds
 from narrows.measured.table import Forecast
 from narrows.plan import Plan
-from narrows.search.screen import EVERY, OWN, Config, Job, Point, Screened, Side, Space, screen
+from narrows.search.deployments import EVERY, OWN, Config, Job, Side, Space
+from narrows.search.screen import Point, Screened, screen
 from narrows.simulate.closed_loop import preset
 from narrows.simulate.fleet import serve
 from narrows.simulate.outcome import Outcome
