@@ -101,13 +101,14 @@ replica_options = grouped_options(
 @click.option("--saturation", "flood", is_flag=True, help="Also the rate of requests beyond which they pile up.")
 @click.option("--what-if", "what_ifs", is_flag=True, help="Also what 10 % more compute, bandwidth and link would give.")
 @click.option("--chrome", type=click.Path(dir_okay=False), help="Keep the first 1000 requests as a Chrome (Perfetto) trace.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Also write a report with plots to this file.")
 @as_json_option
 def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, replicas: int, prefill: int,
           prefill_machine: str | None, engine: str, max_sequences: int | None, max_tokens: int | None, blocks: int,
           dtype: str | None, context: int | None, autoscale: str | None, least: int, power_cap: float, host_cache: float,
           disk_cache: float, draft: str | None, acceptance: float | None, ahead: tuple[int, ...], clients: int | None,
           seeds: int, ttft: float, tpot: float, policy: str | None, tbt: float, flood: bool, what_ifs: bool,
-          chrome: str | None, as_json: bool, **load: Any) -> None:  # fmt: skip
+          chrome: str | None, html: str | None, as_json: bool, **load: Any) -> None:  # fmt: skip
     """What clients of MODEL would see: percentiles, goodput, and where the time of the slow requests goes.
 
     Ctrl-C ends the load: the requests so far are answered, and what they saw is printed.
@@ -116,9 +117,12 @@ def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, r
     from narrows.capture.config import longest
     from narrows.free import cast
     from narrows.graph import DTYPES
+    from narrows.report.serving import load_notes, place
+    from narrows.report.terminal import show_outcome
     from narrows.simulate import asked, fleet
     from narrows.simulate.scaling import Scaling, start_seconds
     from narrows.simulate.steady import Steady
+    from narrows.simulate.watch import Watch
 
     started = time.process_time()
     graph = capture(model)
@@ -151,10 +155,12 @@ def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, r
         engine = f"{engine}, {policy}"
         group, apart = _as_published(policy, group, list(requests_of(**load)), (("ttft", ttft), ("tpot", tpot), ("tbt", tbt)))
     kept: list[Any] = []
-    steady = Steady()
+    steady, watch = Steady(), Watch()
 
     def keep(answer: Any) -> None:
         steady.add(answer)
+        if html:
+            watch.add(answer)
         if chrome and len(kept) < KEPT:
             kept.append(answer)
 
@@ -177,14 +183,20 @@ def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, r
     if chrome:
         asked.timeline(kept).save_trace(Path(chrome))
         click.echo(f"wrote {chrome}", err=True)
+    title, notes = place(graph.name, group, apart, engine), load_notes(found, group, more)
+    if html:
+        from narrows.report.served import served
+
+        write_file(html, served(found, watch, title, notes))
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cost = {"cpu_seconds": time.process_time() - started, "peak_rss_bytes": rss}
     if as_json:
         setting = {"model": graph.name, "machine": group.machine.name, "engine": engine, "blocks": group.room()}
         print_json({**setting, **found.as_json(), **more, **cost})
     else:
-        _show(found, graph.name, group, apart, engine, more)
+        show_outcome(found, title, console(), notes)
     if stopped():
+        click.echo(f"Interrupted after {found.requests + found.rejected:,} requests; these were answered.", err=True)
         sys.exit(130)
 
 
@@ -229,43 +241,6 @@ def _as_published(policy: str, group: Any, requests: list[Any], limits: tuple[tu
         raise NarrowsError(f"{verdict.reason}.", where=policy, remedy="Change the load, the limits or the devices.")
     deployed = found.deploy(demand)
     return deployed.group, deployed.prefill
-
-
-def _show(found: Any, name: str, group: Any, apart: Any, engine: str, more: dict[str, Any]) -> None:
-    from narrows.report.terminal import show_outcome
-
-    place = f"{group.replicas} x {group.devices * group.engines // group.replicas} {group.machine.name}"
-    aside = f", prompts on {apart.replicas} x {apart.devices} {apart.machine.name}" if apart else ""
-    show_outcome(found, f"{name} on {place}{aside}, {engine}", console())
-    if steady := more["steady"]:
-        spans = ", ".join(f"{name} {_span(steady[f'{name}_s'])}" for name in ("ttft", "tpot", "e2e"))
-        click.echo(f"Means after a warm-up of {steady['warm_up_requests']:,} requests, 95 %: {spans}.")
-    elif found.requests:
-        click.echo("No steady state shows: means depend on how long the load lasts.")
-    for name, by in more.get("over_seeds", {}).items():
-        if name != "seeds":
-            click.echo(
-                f"{name[:-2]} over {more['over_seeds']['seeds']} seeds, 95 %: mean {_span(by['mean'])}, p99 {_span(by['p99'])}."
-            )
-    if group.scaling:
-        click.echo(f"{found.starts:,} replicas were started; all were there for {found.replica_seconds:,.0f} s together.")
-    if tiers := group.tiers():
-        shares = (f"{name} {hits / max(found.prompts, 1):.1%}"
-                  for name, hits in zip(("device", *(tier.name for tier in tiers)), found.hits, strict=True))  # fmt: skip
-        click.echo(f"Of the prompts' tokens were found: {', '.join(shares)}.")
-    if "saturation_requests_per_s" in more:
-        click.echo(f"It saturates at {more['saturation_requests_per_s']:.3g} requests a second.")
-    for resource_name, ratios in more.get("what_if", {}).items():
-        changes = ", ".join(f"{key} {value - 1:+.1%}" for key, value in ratios.items())
-        click.echo(f"With 10 % more {resource_name}: {changes}.")
-    if more.get("interrupted"):
-        click.echo(f"Interrupted after {found.requests + found.rejected:,} requests; these were answered.", err=True)
-
-
-def _span(ends: tuple[float, float]) -> str:
-    from narrows.units import format_seconds
-
-    return " to ".join(format_seconds(max(end, 0.0)) for end in ends)
 
 
 def requests_of(swing: float, ramp: float, **load: Any) -> Any:

@@ -1,10 +1,51 @@
-"""The table of a serving plan: the best deployments, what their clients see and what they cost."""
+"""Words and tables on serving: what a load saw beyond its latencies, and the best deployments of a plan with their cost."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from narrows.report.tables import Cell, Table, columns, percent
 from narrows.search.serve import Choice, ServePlan
+from narrows.simulate.fleet import Group
+from narrows.simulate.outcome import Outcome
 from narrows.units import format_seconds
+
+
+def place(model: str, group: Group, prefill: Group | None, engine: str) -> str:
+    """What serves, in words."""
+    aside = f", prompts on {prefill.replicas} x {prefill.devices} {prefill.machine.name}" if prefill else ""
+    each = group.devices * group.engines // group.replicas
+    return f"{model} on {group.replicas} x {each} {group.machine.name}{aside}, {engine}"
+
+
+def load_notes(o: Outcome, group: Group, more: Mapping[str, Any]) -> list[str]:
+    """Sentences on a load that was served: what `more` holds, as `narrows simulate serve --json` gives it, replicas and tiers."""
+    found = []
+    if steady := more["steady"]:
+        spans = ", ".join(f"{name} {_span(steady[f'{name}_s'])}" for name in ("ttft", "tpot", "e2e"))
+        found.append(f"Means after a warm-up of {steady['warm_up_requests']:,} requests, 95 %: {spans}.")
+    elif o.requests:
+        found.append("No steady state shows: means depend on how long the load lasts.")
+    over = dict(more.get("over_seeds", {}))
+    seeds = over.pop("seeds", 0)
+    found += [
+        f"{name[:-2]} over {seeds} seeds, 95 %: mean {_span(by['mean'])}, p99 {_span(by['p99'])}." for name, by in over.items()
+    ]
+    if group.scaling:
+        found.append(f"{o.starts:,} replicas were started; all were there for {o.replica_seconds:,.0f} s together.")
+    if tiers := group.tiers():
+        places = ("device", *(tier.name for tier in tiers))
+        shares = (f"{name} {hits / max(o.prompts, 1):.1%}" for name, hits in zip(places, o.hits, strict=True))
+        found.append(f"Of the prompts' tokens were found: {', '.join(shares)}.")
+    if "saturation_requests_per_s" in more:
+        found.append(f"It saturates at {more['saturation_requests_per_s']:.3g} requests a second.")
+    for resource, ratios in more.get("what_if", {}).items():
+        found.append(f"With 10 % more {resource}: {', '.join(f'{key} {value - 1:+.1%}' for key, value in ratios.items())}.")
+    return found
+
+
+def _span(ends: Sequence[float]) -> str:
+    return " to ".join(format_seconds(max(end, 0.0)) for end in ends)
 
 
 def plan_sentence(p: ServePlan) -> str:

@@ -120,7 +120,8 @@ def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _svg(label: str, body: Sequence[str], height: float = HEIGHT) -> str:
+def drawing(label: str, body: Sequence[str], height: float = HEIGHT) -> str:
+    """A plot as wide as the page, with what it shows for those who cannot see it."""
     head = f'viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{escape(clean(label))}"'
     return f'<div class="scroll"><svg class="plot" {head}>' + "\n".join(body) + "</svg></div>"
 
@@ -154,7 +155,7 @@ def roofline(d: Diagnosis) -> str:
     x = Axis(min(span) / 2.5, max(span) * 4, _LEFT, WIDTH - _RIGHT, log=True)
     y = Axis(min([*reached, min(peaks.values())]) / 3, top * 2.2, HEIGHT - _BOTTOM, _TOP, log=True)
     frame = (_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM)
-    out, taken = _axes(x, y, "FLOP per byte of main memory", _plain, lambda v: format_rate(v, "FLOP")), list[Box]()
+    out, taken = axes(x, y, "FLOP per byte of main memory", plain, lambda v: format_rate(v, "FLOP")), list[Box]()
     for i, tier in enumerate(d.machine.memories):
         taken += _along(x, y, tier.bandwidth_bytes_per_s, top)
         out += _slope(
@@ -191,7 +192,7 @@ def roofline(d: Diagnosis) -> str:
     out += [part for point, spot in spots for part in _leader(*point[:3], *spot)]
     out += [text(*spot, css="label") for _, spot in spots]
     label = f"Roofline of {d.model} on {d.machine.name}"
-    return _svg(label, out) + legend([n for n in _LIMITS if any(o.limit == n for o in ops)])
+    return drawing(label, out) + legend([n for n in _LIMITS if any(o.limit == n for o in ops)])
 
 
 def _joined(ops: Sequence[OpDiagnosis]) -> str:
@@ -204,15 +205,16 @@ def _joined(ops: Sequence[OpDiagnosis]) -> str:
     return ", ".join(said[:3]) + (f" +{len(said) - 3}" if len(said) > 3 else "") + phase
 
 
-def _plain(value: float) -> str:
-    return f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"
+def plain(value: float) -> str:
+    return f"{value:g}" if not value or 1e-3 <= value < 1e5 else f"{value:.0e}"
 
 
-def _percent(value: float) -> str:
+def as_percent(value: float) -> str:
     return f"{value * 100:.3g} %"
 
 
-def _axes(x: Axis, y: Axis, below: str, across: Callable[[float], str], up: Callable[[float], str]) -> list[str]:
+def axes(x: Axis, y: Axis, below: str, across: Callable[[float], str], up: Callable[[float], str]) -> list[str]:
+    """Ticks, a grid and what the horizontal axis counts."""
     out = []
     for v in x.ticks():
         out.append(line(x(v), y.start, x(v), y.end, "grid"))
@@ -265,7 +267,7 @@ def waterline(d: Diagnosis) -> str:
     best = [float(o.cost.flop) / o.bound_seconds / peak if o.bound_seconds else 0.0 for o in ops]
     mean = float(d.cost.flop) / whole / peak
     x, y = Axis(0.0, 1.0, _LEFT, WIDTH - _RIGHT), Axis(0.0, max(best) * 1.08, height - _BOTTOM, _TOP)
-    out = _axes(x, y, "", _percent, _percent)
+    out = axes(x, y, "", as_percent, as_percent)
     bars, labels, path, at = [], [], [f"M{x.start:.1f} {y(best[0]):.1f}"], 0.0
     for o, roof in zip(ops, best, strict=True):
         left, right = x(at), x(at := at + o.seconds / whole)
@@ -287,7 +289,7 @@ def waterline(d: Diagnosis) -> str:
     )
     out.append(text(x.start, height - 12, f"dashed: the whole step, {mean * 100:.2g} % of peak", "muted"))
     found = [n for n in _LIMITS if any(o.limit == n for o in ops)]
-    return _svg(f"Waterline of {d.model} on {d.machine.name}", out, height) + legend(found)
+    return drawing(f"Waterline of {d.model} on {d.machine.name}", out, height) + legend(found)
 
 
 def _block(left: float, top: float, wide: float, base: float, css: str) -> str:

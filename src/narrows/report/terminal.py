@@ -128,13 +128,13 @@ def show_reading(title: str, found: Reading, console: "Console") -> None:
             _draw(table, console)
 
 
-def show_outcome(o: Outcome, where: str, console: "Console") -> None:
-    """A load served: what clients saw, and why."""
+def show_outcome(o: Outcome, where: str, console: "Console", notes: Sequence[str] = ()) -> None:
+    """A load served: what clients saw, and why; `notes` are further sentences."""
     _say(listings.outcome_sentence(o, where), console, "bold")
     if o.requests:
         _draw(listings.latency_table(o), console)
         _draw(listings.request_table(o), console)
-    for note in o.notes():
+    for note in (*o.notes(), *notes):
         _say(note, console, "dim")
 
 

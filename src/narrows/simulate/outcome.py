@@ -59,6 +59,14 @@ class Spread:
                 return float(2.0 ** ((bin_ + 0.5) / _FINE))
         return math.nan
 
+    def curve(self) -> list[tuple[float, float]]:
+        """(number, share of all that are no larger), a point for each bin."""
+        seen, found = 0, []
+        for bin_ in sorted(self._bins):
+            seen += self._bins[bin_]
+            found.append((2.0 ** ((bin_ + 1) / _FINE), seen / self.count))
+        return found
+
     def as_json(self) -> dict[str, float]:
         """Mean and percentiles."""
         return {"mean": self.mean, "p50": self.quantile(0.5), "p90": self.quantile(0.9), "p99": self.quantile(0.99)}
