@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from narrows.capture import capture
 from narrows.cli import cli
@@ -24,7 +25,7 @@ from narrows.graph import FP16, Graph
 from narrows.layout import Layout, load
 from narrows.machine import Cluster, Link, cluster
 from narrows.search.priced import Job, price
-from narrows.search.train import Space, _shared, plan_train
+from narrows.search.train import Space, _shared, plan_train, unbeaten
 from narrows.simulate.memory import memory
 from narrows.simulate.network import Axes, wire
 from narrows.simulate.played import played
@@ -115,11 +116,21 @@ def test_what_does_not_fit_says_by_how_much() -> None:
 
 def test_nothing_beats_a_point_of_the_front() -> None:
     found = plan_train(job(devices=16, batch=16), NO_INNER, keep=1, pareto=True)
-    points = [(c.layout.devices, c.seconds, float(c.memory.total)) for c in found.pareto]
-    assert len({devices for devices, _, _ in points}) > 2
+    points = [(c.layout.devices, c.seconds, float(c.memory.total), c.joules or 0.0) for c in found.pareto]
+    assert len({devices for devices, *_ in points}) > 2
     for a in points:
         assert not any(b != a and all(x <= y for x, y in zip(b, a, strict=True)) for b in points)
-    assert min(s for _, s, _ in points) == pytest.approx(found.best[0].seconds)
+    assert min(s for _, s, *_ in points) == pytest.approx(found.best[0].seconds)
+    leanest = min(found.pareto, key=lambda c: c.joules or 0.0)
+    assert leanest.seconds > found.best[0].seconds  # it is there for its energy: fewer devices, or nothing is done again
+
+
+@given(arrays(np.float64, st.tuples(st.integers(1, 40), st.just(3)), elements=st.integers(0, 6).map(float)))
+def test_the_front_is_what_enumeration_gives(points: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> None:
+    rows = [tuple(row) for row in points.tolist()]
+    kept = {row for row in rows if not any(o != row and all(a <= b for a, b in zip(o, row, strict=True)) for o in rows)}
+    found = [rows[at] for at in unbeaten(points)]
+    assert sorted(found) == sorted(kept)
 
 
 @pytest.mark.parametrize(

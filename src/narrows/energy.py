@@ -17,6 +17,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
 from narrows.errors import NarrowsError
 from narrows.machine import Machine
 
@@ -51,10 +53,10 @@ class Power:
     exponent: float
     source: str
 
-    def watts(self, compute_use: float, memory_use: float) -> float:
-        """Watts at shares of the peak arithmetic and of the peak bandwidth in use."""
+    def watts(self, compute_use: Any, memory_use: Any) -> Any:
+        """Watts at shares of the peak arithmetic and of the peak bandwidth in use: numbers, or arrays of them."""
         share = self.floor + self.compute * compute_use + self.memory * memory_use
-        return self.rated * min(self.ceiling, share)
+        return self.rated * np.minimum(self.ceiling, share)
 
 
 def power(machine: Machine) -> Power | None:
@@ -131,9 +133,8 @@ def energy(machine: Machine, loads: Iterable[Load]) -> Energy | None:
         return None
 
     def joules(which: int) -> float:
-        return sum(
-            t * model.watts(load.compute_seconds / t, load.memory_seconds / t) for load in loads if (t := load.seconds[which])
-        )
+        ran = [(load, seconds) for load in loads if (seconds := load.seconds[which])]
+        return sum(t * float(model.watts(load.compute_seconds / t, load.memory_seconds / t)) for load, t in ran)
 
     spent = joules(0)
     watts, sensitive = spent / whole, sum(load.bound_by_compute for load in loads) / whole

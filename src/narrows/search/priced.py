@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -159,12 +160,7 @@ def price(job: Job, layout: Layout) -> Choice:
     seconds = sum(spent.values())
     held = [(memory(net, layout, axes, stage, job.framework), job.room_of(net, stage)) for stage in stages(layout, net)]
     most, room = max(held, key=lambda one: float(one[0].total) / one[1])
-    flop, moved = _work(job.graph, job.sequence)
-    again = 1 + spent["recompute"] / (spent["forward"] + spent["backward"])
-    use = job.batch * flop / seconds / sum(many * group.machine.peak(net.dtype.name) for group, many in job.parts)
-    busy = job.batch * moved / seconds / sum(many * group.machine.memory.bandwidth_bytes_per_s for group, many in job.parts)
-    draws = [(energy.power(group.machine), many) for group, many in job.parts]
-    watts = [many * power.watts(min(1.0, use * again), min(1.0, busy * again)) for power, many in draws if power]
+    used, drawn = use(job, net, seconds)[0], joules(job, net, spent)
     kind = job.framework if job.framework in ("deepspeed", "fsdp") else "cluster"
     spans = [
         interval(Forecast("plan", np.nan, seconds, f"training-{kind}-{generation(one.machine.name)}", 0.0, one.machine.name))
@@ -178,10 +174,27 @@ def price(job: Job, layout: Layout) -> Choice:
         most,
         room,
         job.batch * job.sequence / seconds,
-        use,
-        seconds * sum(watts) if len(watts) == len(draws) else None,
+        used,
+        None if drawn is None else float(drawn),
         seconds / 3600 * job.price_per_hour if job.price_per_hour else None,
     )
+
+
+def use(job: Job, net: Network, seconds: Any) -> tuple[Any, Any]:
+    """Shares of all devices' peak arithmetic and bandwidth that a step of so many seconds uses, without anything redone."""
+    flop, moved = _work(job.graph, job.sequence)
+    peak = sum(many * group.machine.peak(net.dtype.name) for group, many in job.parts)
+    bandwidth = sum(many * group.machine.memory.bandwidth_bytes_per_s for group, many in job.parts)
+    return job.batch * flop / seconds / peak, job.batch * moved / seconds / bandwidth
+
+
+def joules(job: Job, net: Network, spent: dict[str, Any]) -> Any:
+    """What a step draws on all devices, with what is redone: of seconds by cause, numbers or arrays; None where unknown."""
+    seconds, draws = sum(spent.values()), [(energy.power(group.machine), many) for group, many in job.parts]
+    again = 1 + spent["recompute"] / (spent["forward"] + spent["backward"])
+    shares = [np.minimum(1.0, share * again) for share in use(job, net, seconds)]
+    watts = [many * power.watts(*shares) for power, many in draws if power]
+    return seconds * sum(watts) if len(watts) == len(draws) else None
 
 
 @lru_cache(maxsize=16)

@@ -7,11 +7,12 @@ faster than its microbatches one after another on a stage without its ends.
 """
 
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from heapq import heappush, heappushpop
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from narrows.kinds import COLLECTIVES
 from narrows.layout import CONTEXT, RECOMPUTE, Layout, divisors, nearest
 from narrows.machine import Cluster
 from narrows.parallel import is_layer, layer_count, tensor_parallel
-from narrows.search.priced import Choice, Job, price
+from narrows.search.priced import Choice, Job, joules, price
 from narrows.simulate.memory import memory, stages
 from narrows.simulate.network import Axes, Network, constants, wire
 from narrows.simulate.training import ledger
@@ -59,6 +60,15 @@ class TrainPlan:
     pareto: tuple[Choice, ...] = ()
 
 
+class Rival(NamedTuple):
+    """What a layout of some devices is judged by on the Pareto front (energy is 0 where a machine's file does not say)."""
+
+    seconds: float
+    held: float
+    joules: float
+    layout: str
+
+
 @dataclass
 class _Found:
     """What a search keeps: the fastest layouts that fit, the leanest of those that do not, and counts."""
@@ -66,7 +76,7 @@ class _Found:
     keep: int
     fastest: list[tuple[float, float, str]] = field(default_factory=list)  # a heap, the slowest first
     leanest: tuple[float, str] = (np.inf, "")
-    front: dict[tuple[int, float], list[tuple[float, float, str]]] = field(default_factory=dict)  # by devices and their price
+    front: dict[tuple[int, float], list[Rival]] = field(default_factory=dict)  # by devices and their price
     evaluated: int = 0
     large: int = 0
     bounded: int = 0
@@ -290,17 +300,33 @@ def _price_all(job: Job, space: Space, net: Network, layout: Layout, found: _Fou
     if not fits.any():
         return
     axes, held = axes.at(fits), held[fits]
-    seconds = sum(ledger(net, layout, axes, job.framework).values())
+    spent = ledger(net, layout, axes, job.framework)
+    seconds = sum(spent.values())
     for at in np.argsort(seconds, kind="stable")[: found.keep]:
         if seconds[at] < found.limit:
             found.put(float(seconds[at]), float(held[at]), named(at, axes))
     if pareto:
+        drawn = joules(job, net, spent)
+        points = np.column_stack([seconds, held, np.zeros_like(seconds) if drawn is None else drawn])
         front = found.front.setdefault((job.devices, job.price_per_hour), [])
-        least = np.inf
-        for at in np.lexsort((held, seconds)):
-            if held[at] < least:
-                least = held[at]
-                front.append((float(seconds[at]), float(held[at]), named(at, axes)))
+        front += [Rival(*points[at].tolist(), named(at, axes)) for at in unbeaten(points)]
+
+
+def unbeaten(points: NDArray[np.float64]) -> list[int]:
+    """Rows (n, 3) that no other is at most as large as in every column, by the first column; of equal ones the first."""
+    stairs: list[tuple[float, float]] = []  # of the second and third of those so far: the one rises, the other falls
+    found = []
+    for at in np.lexsort((points[:, 2], points[:, 1], points[:, 0])):
+        second, third = points[at, 1], points[at, 2]
+        i = bisect_right(stairs, (second, np.inf))
+        if i and stairs[i - 1][1] <= third:
+            continue
+        end = i
+        while end < len(stairs) and stairs[end][1] >= third:
+            end += 1
+        stairs[i:end] = [(second, third)]
+        found.append(int(at))
+    return found
 
 
 def _least_seconds(job: Job, families: list[Layout]) -> list[float]:
@@ -323,14 +349,15 @@ def _least_seconds(job: Job, families: list[Layout]) -> list[float]:
     return [c["sustained"] * job.batch / rates[one.tensor, one.sequence] for one in families]
 
 
-def _beaten_by_none(fronts: dict[tuple[int, float], list[tuple[float, float, str]]]) -> list[tuple[int, str]]:
-    """Devices and layout of those that no other beats in time, memory, devices and their price; energy follows these."""
+def _beaten_by_none(fronts: dict[tuple[int, float], list[Rival]]) -> list[tuple[int, str]]:
+    """Devices and layout of those that no other beats in time, memory, energy, devices and their price."""
     found: list[tuple[tuple[float, ...], str]] = []
     for (devices, dollars), front in sorted(fronts.items()):
-        for seconds, held, name in sorted(front):
-            own = (devices, dollars, seconds, held)
+        rivals = sorted(front)
+        for at in unbeaten(np.array([rival[:3] for rival in rivals])):
+            own = (devices, dollars, *rivals[at][:3])
             if not any(all(a <= b for a, b in zip(other, own, strict=True)) for other, _ in found):
-                found.append((own, name))
+                found.append((own, rivals[at].layout))
     return [(int(own[0]), name) for own, name in found]
 
 
