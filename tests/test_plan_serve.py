@@ -417,8 +417,9 @@ def test_clients_who_wait_for_their_answers_keep_as_many_inside() -> None:
     assert found["requests"] == 400
     inside = found["requests_per_s"] * found["e2e_s"]["mean"]  # Little's law
     assert inside == pytest.approx(8, rel=0.05)  # the last ones run dry
-    for words in (("--clients", "0"), ("--clients", "8", "-r", "2")):
-        with pytest.raises(NarrowsError, match="one replica"):
+    assert simulated("--clients", "8", "--requests", "400", "-r", "2")["requests_per_s"] > found["requests_per_s"]
+    for words in (("--clients", "0"), ("--clients", "8", "--saturation")):
+        with pytest.raises(NarrowsError, match="set the rate themselves"):
             simulated(*words)
 
 

@@ -12,13 +12,12 @@ from narrows.capture import capture
 from narrows.diagnose import prepared
 from narrows.errors import NarrowsError
 from narrows.machine import Machine, machine
-from narrows.simulate.blocks import PIECE
 from narrows.simulate.requests import PARTS, Answer, Request
 from narrows.simulate.rules import Rules
 from narrows.simulate.serving import Engine
 from narrows.simulate.sharing import Sharing, Streams
 from narrows.simulate.step_times import PS, Overlap, StepTimes
-from narrows.simulate.tiers import Tier, Tiers
+from narrows.simulate.tiers import PIECE, Tier, Tiers
 from narrows.step import Step
 
 PLAIN, BESIDE, BROKEN = (
@@ -371,12 +370,13 @@ def test_what_is_found_below_is_counted_moved_and_the_same_step_by_step(
 
 def test_a_sequence_that_is_swapped_out_comes_back_without_being_read_again() -> None:
     requests = [Request(0, 480, 200), Request(0, 480, 200)]  # 60 blocks hold both prompts, not both answers
-    again, swapped = (
+    again, crowded, swapped = (
         simulated(
-            requests, Rules("swap", max_tokens=512, prefix_cache=False, swap=swap), 66, PLAIN, tiers=(Tier("host", 0, 512),)
+            requests, Rules("swap", max_tokens=512, prefix_cache=False, swap=swap), 66, PLAIN, tiers=(Tier("host", room, 512),)
         )
-        for swap in (False, True)
+        for swap, room in ((False, 2), (True, 1), (True, 2))  # who is swapped has more than a piece
     )
+    assert again[1:] == crowded[1:]  # where the host has no room, prompts are read again
     assert again[0].preemptions and swapped[0].preemptions
     late, early = (max(answers, key=lambda a: a.last) for _, answers, _ in (again, swapped))
     assert early.last < late.last and early.preemption < late.preemption
@@ -390,6 +390,24 @@ def test_a_tier_without_end_finds_whatever_was_read() -> None:
     _, answers, _ = simulated(requests, Rules("tiered", max_tokens=512), 80, PLAIN, tiers=(Tier("host", 100, 7),))
     assert [a.cached // PIECE for a in answers] == [0, 0, 0, 2, 1, 2]
     assert [a.transfer for a in answers] == [0, 0, 0, 14, 7, 14]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 8)), max_size=60), st.integers(0, 3), st.integers(0, 3))
+def test_who_is_swapped_takes_room_of_prompts_and_gives_it_back(events: list[tuple[bool, int]], first: int, second: int) -> None:
+    tiers, away = Tiers((Tier("host", first, 1), Tier("disk", second, 2))), []
+    for swaps, number in events:
+        there = {piece for piece in range(9) if tiers.find(piece) >= 0}
+        if not swaps:
+            tiers.put(number)
+            there.add(number)
+        elif number < 6 and tiers.swap(200 * number):
+            away.append(200 * number)
+        elif number >= 6 and away:
+            tiers.back(away.pop())
+        places = [tiers.find(piece) for piece in range(9)]
+        assert tiers.swapped == sum(away) <= first * PIECE
+        assert places.count(0) * PIECE + tiers.swapped <= first * PIECE and places.count(1) <= second
+        assert {piece for piece in range(9) if places[piece] >= 0} <= there
 
 
 @given(st.lists(st.integers(0, 8), max_size=60), st.integers(1, 3), st.integers(0, 3))

@@ -8,6 +8,7 @@ from narrows.capture import capture
 from narrows.errors import NarrowsError
 from narrows.machine import machine
 from narrows.simulate.fleet import Group, rules
+from narrows.simulate.pace import Pace
 from narrows.simulate.requests import Answer
 from narrows.simulate.serving import Engine
 from narrows.simulate.speculation import Speculation, Speculative
@@ -34,7 +35,7 @@ def test_a_token_takes_its_share_of_one_check() -> None:
         assert checked.rows(sequences) == pytest.approx(plain.rows(4 * sequences) / 1.875)
         assert checked.outputs(sequences) == pytest.approx(plain.outputs(4 * sequences) / 1.875)
     assert checked.host(5) == pytest.approx(plain.host(5) / 1.875)
-    assert checked.reading(100, 0) == plain.rows(100) + plain.host(0) - checked.host(0)  # a step of prompts alone is not shared
+    assert (checked.reading(100, 0), checked.host(0, 5)) == (plain.rows(100), plain.host(5))  # a step of prompts is not shared
     assert checked.reading(100, 8) == plain.rows(132) - plain.rows(32)
 
 
@@ -75,6 +76,24 @@ def test_sums_of_steps_give_the_same_bits_as_one_after_another(seed: int, specul
         engine.advance()
         found.append(answers)
     assert found[0] == found[1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 900), st.integers(1, 900), st.integers(0, 5), st.integers(1, 9))), st.floats(1, 9))
+def test_tokens_that_come_at_once_wait_as_long_as_one_after_another(
+    events: list[tuple[int, int, int, int]], taken: float
+) -> None:
+    told = []
+    for at_once in (1.0, taken):
+        waits: list[tuple[int, int, int, float]] = []
+        pace, now = Pace(lambda *wait: waits.append(wait), at_once), 0  # noqa: B023
+        for prompts, own, slope, n in events:  # a step with prompts, then n without
+            pace.steps(now, prompts + own, 0, 1, 3, own)
+            now += prompts + own
+            pace.steps(now, own, slope, n, 3)
+            now += n * own + slope * (n * (n - 1) // 2)
+        told.append((sum(n * many for _, _, n, many in waits),
+                     sum((n * first + slope * (n * (n - 1) // 2)) * many for first, slope, n, many in waits)))  # fmt: skip
+    assert told[1] == pytest.approx(told[0], abs=3 * sum(n * n for *_, n in events) + 3)  # whole picoseconds
 
 
 def test_settings_without_sense_are_refused() -> None:

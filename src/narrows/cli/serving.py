@@ -24,6 +24,7 @@ from narrows.errors import NarrowsError
 
 if TYPE_CHECKING:
     from narrows.search.deployments import Kind
+    from narrows.simulate.fleet import Group
     from narrows.simulate.speculation import Speculation
 
 KEPT = 1000  # requests in a trace of their times: more cannot be told apart in a picture
@@ -74,6 +75,22 @@ replica_options = grouped_options(
 )  # fmt: skip
 
 
+talk_options = grouped_options(
+    click.option("--turns", default=1.0, show_default=True, help="Mean turns of a session: then requests are first turns."),
+    click.option("--think", type=float, help="Mean seconds from an answer to the next turn (default: as in Mooncake's trace)."),
+    click.option("--words", type=float, help="Mean new tokens of a further turn (default: as in Mooncake's trace)."),
+    click.option("--answers", default=1, show_default=True, help="To each prompt, which is read once."),
+)
+fleet_options = grouped_options(
+    click.option("--also", multiple=True, metavar="MACHINE[:OPTION=VALUE,...]",
+                 help="Further replicas, that are unlike: a100-80gb:replicas=4,devices=2,weights=int8; a100-80gb:4 for short."),
+    click.option("--prefill-also", multiple=True, metavar="MACHINE[:...]", help="The same of those that read prompts."),
+    click.option("--route", type=click.Choice(["fewest", "in-turn", "sticky", "least-work"]), default="fewest", show_default=True,
+                 help="Which replica gets a request: fewest inside, in turn, where its talk is, least work in its own seconds."),
+)  # fmt: skip
+FURTHER = ("replicas", "devices", "weights", "cache", "blocks", "max_sequences", "max_tokens")  # of what --also says
+
+
 @simulate.command()
 @click.argument("model")
 @click.option("--machine", "-m", required=True, metavar="NAME|FILE", help="Of a replica.")
@@ -90,8 +107,10 @@ replica_options = grouped_options(
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Run it in this dtype (default: the model's own).")
 @context_option
 @replica_options
+@fleet_options
 @speculation_options
 @load_options
+@talk_options
 @click.option("--clients", type=int, help="So many who each send their next request when the last is answered.")
 @click.option("--seeds", default=1, show_default=True, help="Play so many loads (at least 3) of other seeds: 95 % intervals.")
 @click.option("--ttft", default=float("inf"), help="Seconds to the first token that a request must keep to count as good.")
@@ -106,7 +125,8 @@ replica_options = grouped_options(
 def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, replicas: int, prefill: int,
           prefill_machine: str | None, engine: str, max_sequences: int | None, max_tokens: int | None, blocks: int,
           dtype: str | None, context: int | None, autoscale: str | None, least: int, power_cap: float, host_cache: float,
-          disk_cache: float, draft: str | None, acceptance: float | None, ahead: tuple[int, ...], clients: int | None,
+          disk_cache: float, also: tuple[str, ...], prefill_also: tuple[str, ...], route: str, draft: str | None,
+          acceptance: float | None, ahead: tuple[int, ...], clients: int | None,
           seeds: int, ttft: float, tpot: float, policy: str | None, tbt: float, flood: bool, what_ifs: bool,
           chrome: str | None, html: str | None, as_json: bool, **load: Any) -> None:  # fmt: skip
     """What clients of MODEL would see: percentiles, goodput, and where the time of the slow requests goes.
@@ -117,11 +137,10 @@ def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, r
     from narrows.capture.config import longest
     from narrows.free import cast
     from narrows.graph import DTYPES
-    from narrows.report.serving import load_notes, place
-    from narrows.report.terminal import show_outcome
     from narrows.simulate import asked, fleet
     from narrows.simulate.scaling import Scaling, start_seconds
     from narrows.simulate.steady import Steady
+    from narrows.simulate.traffic import ROUTES
     from narrows.simulate.watch import Watch
 
     started = time.process_time()
@@ -140,20 +159,23 @@ def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, r
         return replace(one, cap_watts=power_cap, host_bytes=host_cache * 1e9, disk_bytes=disk_cache * 1e9)
 
     group, apart = equipped(group), apart and equipped(apart)
+    if prefill_also and not apart:
+        raise NarrowsError("no replicas read prompts apart.", where="--prefill-also", remedy="Give --prefill.")
     if seeds > 1 and (seeds < 3 or load["trace"]):
         raise NarrowsError("a trace has no seed, and 2 loads are too few for an interval.", where="--seeds",
                            remedy="Give 3 or more, with --load or --rate.")  # fmt: skip
-    if clients is not None and (clients < 1 or apart or policy or flood or what_ifs or seeds > 1 or group.engines > 1):
-        raise NarrowsError("clients who wait for their answers ask one replica, once.", where="--clients",
-                           remedy="Give 1 or more, with one replica and without --policy, --saturation, --what-if and --seeds.",
-                           )  # fmt: skip
+    if clients is not None and (clients < 1 or policy or flood or what_ifs or seeds > 1):
+        raise NarrowsError("clients who wait for their answers set the rate themselves, once.", where="--clients",
+                           remedy="Give 1 or more, without --policy, --saturation, --what-if and --seeds.")  # fmt: skip
     if clients and not load["trace"] and not load["named"]:
         load["rate"] = load["rate"] or 1.0  # lengths are what counts
-    if policy and apart:
-        raise NarrowsError("a policy says itself where prompts are read.", where="--policy", remedy="Leave --prefill out.")
+    if policy and (apart or also):
+        raise NarrowsError("a policy says itself where requests go.", where="--policy", remedy="Leave --prefill and --also out.")
     if policy:
         engine = f"{engine}, {policy}"
         group, apart = _as_published(policy, group, list(requests_of(**load)), (("ttft", ttft), ("tpot", tpot), ("tbt", tbt)))
+    groups = (group, *(_further(text, group) for text in also))
+    readers = (apart, *(_further(text, apart) for text in prefill_also)) if apart else None
     kept: list[Any] = []
     steady, watch = Steady(), Watch()
 
@@ -167,23 +189,28 @@ def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, r
     with progress("serving") as tell, interruptible() as stopped:
         asked_for = told(requests_of(**load), tell, stopped)
         if clients:
-            found = fleet.clients(asked_for, group, clients, ttft, tpot, keep)
+            found = fleet.clients(asked_for, groups, clients, ttft, tpot, keep, readers, ROUTES[route])
         else:
-            found = fleet.serve(asked_for, group, apart, ttft=ttft, tpot=tpot, each=keep)
-        others = [fleet.serve(told(requests_of(**load | {"seed": load["seed"] + i}), tell, stopped), group, apart)
-                  for i in range(1, seeds) if not stopped()]  # fmt: skip
+            found = fleet.serve(asked_for, groups, readers, ROUTES[route], ttft, tpot, keep)
+        seeded = (requests_of(**load | {"seed": load["seed"] + i}) for i in range(1, seeds))
+        others = [fleet.serve(told(one, tell, stopped), groups, readers, ROUTES[route]) for one in seeded if not stopped()]
     more: dict[str, Any] = {"interrupted": True} if stopped() else {}
     more["steady"] = steady.as_json()
     if seeds > 1 and not stopped():
         more["over_seeds"] = _over_seeds([found, *others])
     if flood:
-        more["saturation_requests_per_s"] = asked.saturation(requests_of(**load), group, apart)
+        more["saturation_requests_per_s"] = asked.saturation(requests_of(**load), groups, readers)
     if what_ifs:
-        more["what_if"] = asked.what_if(lambda one, other: fleet.serve(requests_of(**load), one, other), group, apart)
+        more["what_if"] = asked.what_if(
+            lambda one, other: fleet.serve(requests_of(**load), one, other, ROUTES[route]), groups, readers
+        )
     if chrome:
         asked.timeline(kept).save_trace(Path(chrome))
         click.echo(f"wrote {chrome}", err=True)
-    title, notes = place(graph.name, group, apart, engine), load_notes(found, group, more)
+    if html or not as_json:
+        from narrows.report.serving import load_notes, place
+
+        title, notes = place(graph.name, groups, readers, engine), load_notes(found, group, more)
     if html:
         from narrows.report.served import served
 
@@ -194,6 +221,8 @@ def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, r
         setting = {"model": graph.name, "machine": group.machine.name, "engine": engine, "blocks": group.room()}
         print_json({**setting, **found.as_json(), **more, **cost})
     else:
+        from narrows.report.terminal import show_outcome
+
         show_outcome(found, title, console(), notes)
     if stopped():
         click.echo(f"Interrupted after {found.requests + found.rejected:,} requests; these were answered.", err=True)
@@ -212,6 +241,25 @@ def _speculations(draft: str | None, acceptance: float | None, ahead: tuple[int,
         return ()
     graph = None if draft == "ngram" else capture(draft)
     return tuple(Speculation(many, acceptance, graph) for many in ahead or (3,))
+
+
+def _further(text: str, like: "Group") -> "Group":
+    """A group beside another one and like it, but for the machine and the options that a text names."""
+    from narrows.search.deployments import OWN, served
+
+    name, _, rest = text.partition(":")
+    given = dict(option.partition("=")[::2] for option in (f"replicas={rest}" if rest.isdigit() else rest).split(",") if option)
+    own = target(name)
+    formats = {key: given.pop(key, OWN) for key in ("weights", "cache")}
+    for key, value in given.items():
+        if key not in FURTHER or not value.isdigit() or int(value) < 1:
+            raise NarrowsError(f"{key}={value}.", where=f"--also {text}",
+                               remedy=f"Give whole numbers from 1, or formats, for {', '.join(FURTHER)}.")  # fmt: skip
+    sizes, rules = {key: int(value) for key, value in given.items()}, like.rules
+    rules = replace(rules, max_sequences=sizes.pop("max_sequences", rules.max_sequences),
+                    max_tokens=sizes.pop("max_tokens", rules.max_tokens))  # fmt: skip
+    graph = served(like.graph, formats["weights"], formats["cache"], own)
+    return replace(like, graph=graph, machine=own, rules=rules, **({"replicas": 1, "blocks": 0} | sizes))  # type: ignore[arg-type]
 
 
 def _over_seeds(outcomes: list[Any]) -> dict[str, Any]:
@@ -243,16 +291,27 @@ def _as_published(policy: str, group: Any, requests: list[Any], limits: tuple[tu
     return deployed.group, deployed.prefill
 
 
-def requests_of(swing: float, ramp: float, **load: Any) -> Any:
+def requests_of(swing: float, ramp: float, turns: float = 1.0, think: float | None = None, words: float | None = None,
+                **load: Any) -> Any:  # fmt: skip
     """The load that the options mean."""
-    from narrows.simulate import workload
+    from narrows.simulate import sessions, workload
 
+    if (turns != 1.0 or load.get("answers", 1) != 1) and load["trace"]:
+        raise NarrowsError("a trace says itself how many turns and answers there are.", where="--turns, --answers",
+                           remedy="Write session, turn, think and n in its rows, or give --load or --rate.")  # fmt: skip
     found = _even(**load) if ramp == 1.0 else workload.ramped(_even(**load), ramp)
-    return workload.swung(found, swing) if swing else found
+    found = workload.swung(found, swing) if swing else found
+    if turns == 1.0:
+        return found
+    like = sessions.Talks.like("mooncake-conversation")
+    think, words = like.think if think is None else think, like.lengths.prompt if words is None else words
+    lengths = replace(like.lengths, prompt=words) if load["named"] else workload.Lengths(
+        words, load["output"], like.lengths.prompt_spread, load["spread"])  # fmt: skip
+    return sessions.in_turns(found, sessions.Talks(turns, think, like.think_spread, lengths), load["seed"])
 
 
 def _even(trace: str | None, named: str | None, rate: float | None, count: int | None, hours: float | None, prompt: float,
-          output: float, spread: float, burst: float, seed: int) -> Any:  # fmt: skip
+          output: float, spread: float, burst: float, seed: int, answers: int = 1) -> Any:  # fmt: skip
     from narrows.simulate import workload
     from narrows.simulate.step_times import PS
 
@@ -270,10 +329,10 @@ def _even(trace: str | None, named: str | None, rate: float | None, count: int |
         found = workload.read(trace)
         return workload.first(found, count) if count else found
     if named:
-        return workload.like(named, count or 0, rate or 0.0, seed)
+        return workload.like(named, count or 0, rate or 0.0, seed, answers)
     if not rate:
         raise NarrowsError("there is no load.", where="simulate serve", remedy="Give --trace FILE, --load NAME or --rate NUMBER.")
-    return workload.generate(rate, count or 1000, workload.Lengths(prompt, output, spread, spread), seed, burst)
+    return workload.generate(rate, count or 1000, workload.Lengths(prompt, output, spread, spread), seed, burst, answers)
 
 
 def told(requests: Any, tell: Any, stopped: Any = lambda: False) -> Any:
@@ -327,7 +386,11 @@ def plan_serve(model: str, machines: tuple[str, ...], ttft: float, tpot: float, 
     if not load["hours"]:
         load["count"] = load["count"] or max(FEWEST, min(round(LASTS * (load["rate"] or 0.0)), MOST))
     kinds, most = tuple(_kind(text) for text in machines), longest(model) if context is None else context
-    job = Job(capture(model), kinds, tuple(requests_of(**load)), ttft, tpot, share, engine, most,
+    requests = tuple(requests_of(**load))
+    if any(request.then or request.also for request in requests):
+        raise NarrowsError("sessions and several answers are not planned for.", where="plan serve",
+                           remedy="Give single requests; play the best deployment with `narrows simulate serve`.")  # fmt: skip
+    job = Job(capture(model), kinds, requests, ttft, tpot, share, engine, most,
               _speculations(draft, acceptance, ahead))  # fmt: skip
     space = Space(
         precision=weights or EVERY.precision,

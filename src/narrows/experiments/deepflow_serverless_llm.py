@@ -9,12 +9,13 @@ from narrows.capture import capture
 from narrows.experiments.serving import load, through
 from narrows.machine import machine
 from narrows.simulate.demand import Demand, Deployment
-from narrows.simulate.fleet import Group, fewest, rules, serve
+from narrows.simulate.fleet import Group, rules, serve
 from narrows.simulate.outcome import Outcome
 from narrows.simulate.requests import Request
 from narrows.simulate.scaling import Replicas
 from narrows.simulate.serving import Engine
 from narrows.simulate.step_times import PS
+from narrows.simulate.traffic import fewest
 from narrows.simulate.workload import Lengths, generate, like
 from narrows.techniques.serving.deepflow_serverless_llm import DeepFlow
 

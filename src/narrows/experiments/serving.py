@@ -16,10 +16,11 @@ def through(median: float, ninety: float) -> tuple[float, float]:
     return median * math.exp(spread**2 / 2), math.sqrt(math.exp(spread**2) - 1)
 
 
-def load(prompt: tuple[float, float], output: tuple[float, float], longest: int, count: int = COUNT) -> tuple[Request, ...]:
+def load(prompt: tuple[float, float], output: tuple[float, float], longest: int, count: int = COUNT,
+         seed: int = 1) -> tuple[Request, ...]:  # fmt: skip
     """Poisson arrivals with lengths of a (mean, spread), without requests longer than a model's context."""
     lengths = Lengths(prompt[0], output[0], prompt[1], output[1])
-    return tuple(r for r in generate(1.0, count, lengths, seed=1) if r.prompt + r.output <= longest)
+    return tuple(r for r in generate(1.0, count, lengths, seed) if r.prompt + r.output <= longest)
 
 
 def capacity_gain(technique: Serves, demand: Demand) -> float:

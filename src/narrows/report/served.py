@@ -122,7 +122,7 @@ def slowest(o: Outcome, watch: Watch) -> str:
 
 
 def _label(one: Answer) -> str:
-    return f"{commas(one.request.prompt)} + {commas(one.request.output)} tokens, at {format_seconds(one.request.arrival / PS)}"
+    return f"{commas(one.request.prompt)} + {commas(one.request.tokens)} tokens, at {format_seconds(one.request.arrival / PS)}"
 
 
 def _key(named: Sequence[tuple[str, str]]) -> str:

@@ -6,16 +6,15 @@ from typing import Any
 
 from narrows.report.tables import Cell, Table, columns, percent
 from narrows.search.serve import Choice, ServePlan
-from narrows.simulate.fleet import Group
+from narrows.simulate.fleet import Group, Groups, several
 from narrows.simulate.outcome import Outcome
 from narrows.units import format_seconds
 
 
-def place(model: str, group: Group, prefill: Group | None, engine: str) -> str:
+def place(model: str, group: Groups, prefill: Groups | None, engine: str) -> str:
     """What serves, in words."""
-    aside = f", prompts on {prefill.replicas} x {prefill.devices} {prefill.machine.name}" if prefill else ""
-    each = group.devices * group.engines // group.replicas
-    return f"{model} on {group.replicas} x {each} {group.machine.name}{aside}, {engine}"
+    where, aside = (" and ".join(one.name for one in several(groups)) if groups else "" for groups in (group, prefill))
+    return f"{model} on {where}{f', prompts on {aside}' if aside else ''}, {engine}"
 
 
 def load_notes(o: Outcome, group: Group, more: Mapping[str, Any]) -> list[str]:

@@ -9,11 +9,11 @@ from narrows.errors import NarrowsError
 from narrows.graph import FP8, Graph
 from narrows.machine import Machine
 from narrows.measured.kernels import format_of, in_format
-from narrows.simulate.blocks import PIECE
 from narrows.simulate.fleet import Group, rules
 from narrows.simulate.requests import Request
 from narrows.simulate.speculation import Speculation
 from narrows.simulate.step_times import PS
+from narrows.simulate.tiers import PIECE
 from narrows.step import Step
 
 SAMPLES = 16  # prompts, evenly spaced by length, that stand for all

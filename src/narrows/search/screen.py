@@ -285,7 +285,7 @@ def _step(times: StepTimes, batch: int, held: int) -> float:
 def _read(times: StepTimes, prompt: int, attention: int, budget: int, beside: int) -> float:
     """Seconds that reading a prompt in pieces adds to steps in which `beside` sequences decode (0: none); `attention` in ps."""
     piece = min(prompt, budget)
-    rows = times.reading(piece, beside) + (0 if beside else times.outputs(1) + times.host(1))
+    rows = times.reading(piece, beside) + (0 if beside else times.outputs(1) + times.host(0, 1))
     return (rows * prompt / piece + attention) / PS
 
 

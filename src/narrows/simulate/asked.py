@@ -6,7 +6,7 @@ from heapq import heappop, heappush
 from itertools import chain, cycle, islice
 
 from narrows.errors import NarrowsError
-from narrows.simulate.fleet import Group, serve
+from narrows.simulate.fleet import Group, Groups, serve, several
 from narrows.simulate.outcome import Outcome
 from narrows.simulate.requests import Answer, Request
 from narrows.simulate.step_times import PS
@@ -18,16 +18,17 @@ TIMES = 4  # that a flood fills what runs at a time
 STEPS = (("queue", "arrival", "admitted"), ("prompt", "admitted", "first"), ("answer", "first", "last"))
 
 
-def saturation(requests: Iterable[Request], group: Group, prefill: Group | None = None) -> float:
+def saturation(requests: Iterable[Request], group: Groups, prefill: Groups | None = None) -> float:
     """Requests a second that a deployment serves when all of them are there at once: a higher rate piles up without end.
 
     The load is repeated until it fills the replicas a few times. Counted while the middle 60 % of the answers end, so
-    that neither filling up nor running dry is in it.
+    that neither filling up nor running dry is in it. Turns of a session are requests of their own.
     """
     ends: list[int] = []
-    once = [replace(request, arrival=0) for request in islice(requests, MOST)]
+    turns = (turn for first in requests for turn in (first, *first.followers()))
+    once = [replace(request, arrival=0, session=0, then=()) for request in islice(turns, MOST)]
     again = [replace(request, hashes=()) for request in once]  # whose prompts nobody has read before
-    count = max(len(once), TIMES * group.engines * group.rules.max_sequences)
+    count = max(len(once), TIMES * sum(one.engines * one.rules.max_sequences for one in several(group)))
     serve(islice(chain(once, cycle(again)), count), group, prefill, each=lambda answer: ends.append(answer.last))
     ends.sort()
     low, high = len(ends) // 5, len(ends) * 4 // 5
@@ -36,7 +37,7 @@ def saturation(requests: Iterable[Request], group: Group, prefill: Group | None 
     return (high - low) * PS / (ends[high] - ends[low])
 
 
-def what_if(played: Callable[[Group, Group | None], Outcome], group: Group, prefill: Group | None = None,
+def what_if(played: Callable[[Groups, Groups | None], Outcome], group: Groups, prefill: Groups | None = None,
             more: float = 1.1) -> dict[str, dict[str, float]]:  # fmt: skip
     """How latencies change with `more` of each resource, as ratios of the means: 0.9 is a tenth less.
 
@@ -46,7 +47,10 @@ def what_if(played: Callable[[Group, Group | None], Outcome], group: Group, pref
     def means(outcome: Outcome) -> dict[str, float]:
         return {"ttft": outcome.ttft.mean, "tpot": outcome.tpot.mean, "e2e": outcome.e2e.mean}
 
-    def scaled(one: Group, resource: str) -> Group:
+    def scaled(groups: Groups, resource: str) -> Groups:
+        return tuple(scaled_one(one, resource) for one in several(groups))
+
+    def scaled_one(one: Group, resource: str) -> Group:
         wire = one.wire and replace(one.wire, bandwidth_bytes_per_s=one.wire.bandwidth_bytes_per_s * more)
         machine = one.machine.scaled(**{resource: more})
         return replace(one, machine=machine, wire=wire if resource == "link" else one.wire)

@@ -14,11 +14,12 @@ from narrows.machine import Machine
 from narrows.step import Step
 
 
-def slower(ops: Sequence[Op], step: Step, machine: Machine, cap_watts: float) -> Any:
+def slower(ops: Sequence[Op], step: Step, machine: Machine, cap_watts: float, beside: float = 0.0) -> Any:
     """Time under a cap over that without, of ops that run one after another at each point of a step.
 
-    Watts are those of `energy.power`. Raises NarrowsError where the machine's power is not known, and for a cap that the
-    lowest clock breaks at some point.
+    `beside` is the share of the memory's bandwidth that others take meanwhile, as far as the ops leave it. Watts are those of
+    `energy.power`. Raises NarrowsError where the machine's power is not known, and for a cap that the lowest clock breaks at
+    some point.
     """
     model = power(machine)
     if model is None:
@@ -30,7 +31,8 @@ def slower(ops: Sequence[Op], step: Step, machine: Machine, cap_watts: float) ->
         times, work = op_time(op, step, machine), cost(op, step)
         seconds = np.maximum(times.seconds, 1e-15)
         moved = (work.read_bytes + work.write_bytes) / machine.memory.bandwidth_bytes_per_s
-        drawn = model.floor + model.compute * work.flop / peak(op, machine) / seconds + model.memory * moved / seconds
+        used = np.minimum(moved / seconds + beside, 1.0)
+        drawn = model.floor + model.compute * work.flop / peak(op, machine) / seconds + model.memory * used
         joules = joules + seconds * model.rated * np.minimum(model.ceiling, drawn)
         bound = bound + sum((s for cause, s in times.causes.items() if CAUSES[cause] == Limit.COMPUTE), 0.0)
         whole = whole + seconds

@@ -92,12 +92,12 @@ class Demand:
 
     def reading(self) -> "Demand":
         """Its prompts alone, up to the first token, with the limits on it."""
-        requests = tuple(replace(r, output=1) for r in self.requests)
+        requests = tuple(replace(r, output=1, also=()) for r in self.requests)
         return replace(self, requests=requests, objectives=tuple(one for one in self.objectives if one.measure == "ttft"))
 
     def answering(self) -> "Demand":
         """Its answers alone, whose prompts were read elsewhere, with the limits on what comes after the first token."""
-        requests = tuple(replace(r, read=True) for r in self.requests if r.output > 1)
+        requests = tuple(replace(r, read=True) for r in self.requests if r.longest > 1)
         return replace(self, requests=requests, objectives=tuple(one for one in self.objectives if one.measure != "ttft"))
 
 

@@ -2,11 +2,11 @@
 
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, lru_cache
-from heapq import heappop, heappush
+from functools import cache, lru_cache, partial
 from importlib.resources import files
+from itertools import count, islice
 from typing import Any
 
 from narrows.diagnose import prepared
@@ -15,9 +15,9 @@ from narrows.footprint import footprint
 from narrows.graph import Graph
 from narrows.machine import Link, Machine
 from narrows.parallel import expert_parallel, pipelined
-from narrows.simulate.blocks import PIECE
 from narrows.simulate.closed_loop import constants
-from narrows.simulate.outcome import Outcome
+from narrows.simulate.outcome import GroupOutcome, Outcome
+from narrows.simulate.pace import Tell
 from narrows.simulate.requests import Answer, Request
 from narrows.simulate.rules import Rules
 from narrows.simulate.scaling import Replicas, Scaling, source_bytes_per_s
@@ -25,7 +25,8 @@ from narrows.simulate.serving import Engine
 from narrows.simulate.sharing import Sharing, Streams
 from narrows.simulate.speculation import Speculation, Speculative
 from narrows.simulate.step_times import PS, Overlap, Shelf, StepTimes
-from narrows.simulate.tiers import Tier, Tiers
+from narrows.simulate.tiers import PIECE, Tier, Tiers
+from narrows.simulate.traffic import Follow, Route, Standing, Traffic, fewest, turns
 from narrows.step import Step
 
 VISIBLE = 0.98  # of the datasheet's memory that the driver shows: an RTX 4090 reports 25.25 of 25.77 GB
@@ -97,9 +98,8 @@ class Group:
     disk_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        given = [name for name in ("overlap", "sharing", "speculation", "shelf", "cap_watts") if getattr(self, name)]
-        if len(given) > 1:
-            raise NarrowsError(f"{' and '.join(given)}: each changes how long a step takes, and not together.", where="group",
+        if self.overlap and self.sharing:
+            raise NarrowsError("overlap and sharing both give out the device's units at the same time.", where="group",
                                remedy="Give one of them.")  # fmt: skip
         if self.scaling and self.pipeline * self.experts > 1:
             raise NarrowsError("replicas of several batches do not come and go.", where="autoscaling",
@@ -109,6 +109,17 @@ class Group:
     def engines(self) -> int:
         """Batches that are under way at a time, in all replicas."""
         return self.replicas * self.pipeline * self.experts
+
+    @property
+    def name(self) -> str:
+        """How many replicas of how many devices it has."""
+        return f"{self.replicas} x {self.devices * self.engines // max(self.replicas, 1)} {self.machine.name}"
+
+    @property
+    def price_per_hour(self) -> float | None:
+        """Dollars of all its devices; None where the machine's file names none."""
+        price = self.machine.price_per_hour
+        return None if price is None else price * self.devices * self.engines
 
     @property
     def share(self) -> Graph:
@@ -158,11 +169,11 @@ class Group:
         return sum(_token_bytes(graph, self.machine, self.devices) for graph in (self.graph, self._draft()) if graph)
 
     def tiers(self) -> tuple[Tier, ...]:
-        """What lies below its memory; raises NarrowsError for the host's where no link leads there."""
+        """What lies below the memory of one of its batches; raises NarrowsError for the host's where no link leads there."""
         piece, found = PIECE * self.token_bytes(), []
         for name, room in (("host", self.host_bytes), ("disk", self.disk_bytes)):
             if room:
-                pieces = int(room / (piece * self.devices))
+                pieces = int(room / (piece * self.devices * self.pipeline * self.experts))
                 found.append(Tier(name, pieces, round(piece / source_bytes_per_s(self.machine, self.devices, name) * PS)))
         return tuple(found)
 
@@ -197,178 +208,222 @@ def _times(group: Group) -> StepTimes:
     c = constants(engine)
     sizes = group.devices, group.rules.max_tokens, group.rules.max_sequences
     added = c["decode"] * group.scale, c["step_ms"] * 1e-3, c["sequence_us"] * 1e-6
+    how = group.overlap, group.shelf, group.cap_watts
     if group.speculation:
-        return Speculative(group.speculation, group.graph, group.machine, *sizes, *added)
-    return StepTimes(group.graph, group.machine, *sizes, *added, group.overlap, group.shelf, group.cap_watts)
+        return Speculative(group.speculation, group.graph, group.machine, *sizes, *added, *how)
+    return StepTimes(group.graph, group.machine, *sizes, *added, *how)
 
 
 @lru_cache(maxsize=64)
 def _streams(group: Group) -> Streams:
     ready = prepared(group.graph, Step.decode(1, 1), group.machine, group.devices)
     return Streams(group.sharing or Sharing(), ready, group.machine, group.rules.max_tokens,
-                   lambda part: _times(replace(group, machine=part, sharing=None)))  # fmt: skip
+                   lambda part: _times(replace(group, machine=part, sharing=None, cap_watts=group.cap_watts * part.units
+                                               / group.machine.units)))  # fmt: skip
 
 
-Route = Callable[[Request, list[Engine]], int]
+Groups = Group | Sequence[Group]  # of one role; several where replicas are unlike
 
 
-def fewest(request: Request, replicas: list[Engine]) -> int:
-    """The replica with the fewest requests inside."""
-    return min(range(len(replicas)), key=lambda i: replicas[i].load)
-
-
-def in_turn(request: Request, replicas: list[Engine]) -> int:
-    """One replica after another."""
-    return min(range(len(replicas)), key=lambda i: replicas[i].pushed)
+def several(groups: Groups) -> tuple[Group, ...]:
+    """The groups of a role."""
+    return (groups,) if isinstance(groups, Group) else tuple(groups)
 
 
 def serve(
     requests: Iterable[Request],
-    group: Group,
-    prefill: Group | None = None,
+    group: Groups,
+    prefill: Groups | None = None,
     route: Route = fewest,
     ttft: float = math.inf,
     tpot: float = math.inf,
     each: Callable[[Answer], None] | None = None,
+    follow: Follow = turns,
 ) -> Outcome:
     """What clients see of a load on replicas: `prefill`, where it is given, reads the prompts and sends their keys and values on.
 
-    `ttft` and `tpot` (seconds) are what a request must keep to count as good. `each` is called with every answer.
+    `ttft` and `tpot` (seconds) are what a request must keep to count as good. `each` is called with every answer. `follow`
+    tells what an answer brings; arrivals count from its last token. With several groups the outcome has a part for each.
     Memory does not grow with the load; the same load gives the same bits.
     """
-    outcome = Outcome(ttft, tpot)
-
-    def done(answer: Answer) -> None:
-        outcome.add(answer)
-        if each is not None:
-            each(answer)
-
-    requests = _within(requests, group.context, outcome) if group.context else requests
-    if prefill is None and group.scaling:
-        one = replace(group, replicas=1)
-        changing = Replicas(group.scaling, group.replicas, lambda ready: _started(one, done, outcome, ready)[0], outcome.count)
-        for request in requests:
-            there = changing.at(request.arrival)
-            there[route(request, there)].push(request)
-        changing.close()
-        outcome.close((), changing.paid / PS, changing.starts)
-        return outcome
-    if prefill is None:
-        replicas = _started(group, done, outcome)
-        for request in requests:
-            for engine in replicas:
-                engine.advance(request.arrival)
-            replicas[route(request, replicas)].push(request)
-        for engine in replicas:
-            engine.advance()
-        outcome.close(replicas, group.replicas * outcome.seconds)
-        return outcome
-    return _apart(requests, prefill, group, route, done, outcome)
+    service = _Service(several(group), several(prefill) if prefill else (), route, Outcome(ttft, tpot), each, follow)
+    return service.play(requests)
 
 
-def _within(requests: Iterable[Request], context: int, outcome: Outcome) -> Iterator[Request]:
-    for request in requests:
-        if request.prompt + request.output > context:
-            outcome.reject(request, f"the model reads and writes {context} tokens at most")
-        else:
-            yield request
-
-
-def clients(requests: Iterable[Request], group: Group, count: int, ttft: float = math.inf, tpot: float = math.inf,
-            each: Callable[[Answer], None] | None = None) -> Outcome:  # fmt: skip
-    """What so many clients see who each send their next request to one replica when the last is answered; else as `serve`.
+def clients(
+    requests: Iterable[Request],
+    group: Groups,
+    many: int,
+    ttft: float = math.inf,
+    tpot: float = math.inf,
+    each: Callable[[Answer], None] | None = None,
+    prefill: Groups | None = None,
+    route: Route = fewest,
+) -> Outcome:
+    """What so many clients see who each send their next request, or turn, when the last is answered; else as `serve`.
 
     Arrivals of the requests do not count.
     """
-    outcome = Outcome(ttft, tpot)
-    queue = iter(_within(requests, group.context, outcome) if group.context else requests)
+    queue = (replace(request, arrival=0) for request in requests)
 
-    def send(now: int) -> None:
-        following = next(queue, None)
-        if following is not None:
-            engine.push(replace(following, arrival=now))
+    def follow(request: Request, answered: bool) -> Iterable[Request]:
+        return request.then if answered and request.then else islice(queue, 1)
 
-    def done(answer: Answer) -> None:
-        outcome.add(answer)
-        if each is not None:
-            each(answer)
-        send(answer.last)
-
-    def reject(request: Request, why: str) -> None:
-        outcome.reject(request, why)
-        send(request.arrival)
-
-    engine = Engine(group.times(), group.rules, group.room(), done, reject, outcome.pace, group.cuts(),
-                    tiers=Tiers(group.tiers()))  # fmt: skip
-    for _ in range(count):
-        send(0)
-    engine.advance()
-    outcome.close([engine], outcome.seconds)
-    return outcome
+    return serve(list(islice(queue, many)), group, prefill, route, ttft, tpot, each, follow)
 
 
-def _started(group: Group, emit: Callable[[Answer], None], outcome: Outcome, ready: int = 0) -> list[Engine]:
-    times, blocks, cuts, tiers = group.times(), group.room(), group.cuts(), group.tiers()
-    return [
-        Engine(times, group.rules, blocks, emit, outcome.reject, outcome.pace, cuts, ready, Tiers(tiers))
-        for _ in range(group.engines)
-    ]
+@dataclass(frozen=True, slots=True)
+class _Wire:
+    """How keys and values of a prompt travel to where it is answered: after `latency` picoseconds, at so many bytes a second.
+
+    layers   that leave one by one while it is read (0: all, once it is)
+    """
+
+    latency: int
+    token_bytes: float
+    bytes_per_s: float
+    layers: int
+
+    @classmethod
+    def between(cls, reader: Group, devices: int) -> "_Wire":
+        """From a replica to one of so many devices; raises NarrowsError where no link leads anywhere."""
+        wire = reader.wire or reader.machine.link or reader.machine.host_link
+        if wire is None:
+            raise NarrowsError(f"{reader.machine.name} has no link.", where="disaggregated",
+                               remedy="Give one, or serve together.")  # fmt: skip
+        rate = wire.bandwidth_bytes_per_s * min(reader.devices, devices)
+        return cls(round(wire.latency_seconds * PS), reader.token_bytes() * reader.devices, rate,
+                   reader.times().layers if reader.streams else 0)  # fmt: skip
+
+    def arrival(self, whole: Request, read: Answer) -> int:
+        """When all of a prompt's are there."""
+        travel = round(whole.prompt * self.token_bytes / self.bytes_per_s * PS)
+        if self.layers:  # what was made before the last layer has left meanwhile
+            travel = max(travel // self.layers, travel - read.prompt * (self.layers - 1) // self.layers)
+        return read.last + self.latency + travel
 
 
-def _apart(requests: Iterable[Request], prefill: Group, decode: Group, route: Route, done: Callable[[Answer], None],
-           outcome: Outcome) -> Outcome:  # fmt: skip
-    """Prompts are read by one group; then their keys and values travel to another, which decodes."""
-    if prefill.scaling or decode.scaling:
-        raise NarrowsError("replicas that come and go read prompts and decode.", where="disaggregated",
-                           remedy="Leave autoscaling out, or read prompts together.")  # fmt: skip
-    wire = prefill.wire or prefill.machine.link or prefill.machine.host_link
-    if wire is None:
-        raise NarrowsError(f"{prefill.machine.name} has no link.", where="disaggregated", remedy="Give one, or serve together.")
-    bytes_per_token = prefill.token_bytes() * prefill.devices
-    wires = wire.bandwidth_bytes_per_s * min(prefill.devices, decode.devices)
-    latency = round(wire.latency_seconds * PS)
-    read: dict[int, tuple[Request, Answer]] = {}
-    sent: list[tuple[int, int]] = []
-    asked: dict[str, Request] = {}
+Done = Callable[[int, Answer], None]  # of the engine of that number
+Reject = Callable[[Request, str], None]
 
-    def arrived(answer: Answer) -> None:
-        number = int(answer.request.name)
-        whole = asked.pop(answer.request.name)
-        if whole.output == 1:
-            done(replace(answer, request=whole))
+
+class _Service:
+    """A load while it is served: its replicas, and its requests between those that read prompts and those that answer."""
+
+    def __init__(self, groups: tuple[Group, ...], prefill: tuple[Group, ...], route: Route, outcome: Outcome,
+                 each: Callable[[Answer], None] | None, follow: Follow) -> None:  # fmt: skip
+        self._outcome, self._each, self._follow, self._context = outcome, each, follow, groups[0].context
+        self._apart, self._unlike = bool(prefill), max(len(groups), len(prefill)) > 1
+        self._engines, self._names, self._replicas = count(), count(), sum(one.replicas for one in (*groups, *prefill))
+        self._groups: dict[int, GroupOutcome] = {}  # by engine, where replicas are unlike
+        self._asked: dict[str, Request] = {}  # whose prompts are read
+        self._read: dict[str, tuple[Request, Answer, int]] = {}  # and those that are answered, with who read them
+        self._roles: list[Standing | Replicas] = []
+        if any(one.scaling for one in (*groups, *prefill)):
+            self._roles.append(self._changing((*groups, *prefill)))
+        elif prefill:
+            devices = min(group.devices for group in groups)  # who answers is chosen when all is there: the narrowest counts
+            readers = [partial(self._hand_over, _Wire.between(group, devices)) for group in prefill]
+            self._add("prompts", prefill, readers, lambda r, why: self._refuse(self._asked.pop(r.name), why))
+            self._add("answers", groups, [self._join] * len(groups), lambda r, why: self._refuse(self._read.pop(r.name)[0], why))
+        else:
+            self._add("all", groups, [self._done] * len(groups), self._refuse)
+        self._traffic = Traffic(self._roles, route, follow is not turns)
+
+    def _changing(self, groups: tuple[Group, ...]) -> Replicas:
+        """Replicas that come and go."""
+        first = groups[0]
+        if len(groups) > 1 or not first.scaling:
+            raise NarrowsError("replicas that come and go read prompts and decode, and are all alike.", where="autoscaling",
+                               remedy="Leave autoscaling out, or give one group, without prefill.")  # fmt: skip
+        one = replace(first, replicas=1)
+        return Replicas(first.scaling, first.replicas, lambda ready: self._start(one, self._done, self._refuse, ready)[0],
+                        self._outcome.count)  # fmt: skip
+
+    def _add(self, role: str, groups: tuple[Group, ...], done: Sequence[Done], reject: Reject) -> None:
+        """The replicas of one more role."""
+        found: list[Engine] = []
+        for group, answered in zip(groups, done, strict=True):
+            seen = Outcome(self._outcome.ttft_limit, self._outcome.tpot_limit) if self._unlike else None
+            engines = self._start(group, answered, reject, tell=seen.pace if seen else None)
+            if seen:
+                one = GroupOutcome(group.name, role, group.price_per_hour, seen, engines)
+                self._outcome.groups.append(one)
+                self._groups |= {len(self._groups) + i: one for i in range(len(engines))}
+            found += engines
+        self._roles.append(Standing(found))
+
+    def _start(self, group: Group, done: Done, reject: Reject, ready: int = 0, tell: Tell | None = None) -> list[Engine]:
+        times, blocks, cuts, tiers, every = group.times(), group.room(), group.cuts(), group.tiers(), self._outcome.pace
+
+        def both(first: int, slope: int, n: int, sequences: float) -> None:
+            every(first, slope, n, sequences)
+            if tell:
+                tell(first, slope, n, sequences)
+
+        return [Engine(times, group.rules, blocks, partial(done, next(self._engines)), reject, both if tell else every, cuts,
+                       ready, Tiers(tiers)) for _ in range(group.engines)]  # fmt: skip
+
+    def play(self, requests: Iterable[Request]) -> Outcome:
+        """The whole load, from its first request to its last answer."""
+        outcome = self._outcome
+        plain = not (self._apart or self._context)
+        self._traffic.play(requests if plain else (inside for request in requests if (inside := self._enter(request))))
+        role = self._roles[0]
+        if isinstance(role, Replicas):
+            role.close()
+            outcome.close((), role.paid / PS, role.starts)
+        else:
+            outcome.close([engine for role in self._roles for engine in role.engines], self._replicas * outcome.seconds)
+        return outcome
+
+    def _enter(self, request: Request) -> Request | None:
+        """A request as the first role gets it; None for one that is too long."""
+        if self._context and request.prompt + request.longest > self._context:
+            self._refuse(request, f"the model reads and writes {self._context} tokens at most")
+            return None
+        if not self._apart:
+            return request
+        name = str(next(self._names))
+        self._asked[name] = request
+        return replace(request, output=1, also=(), name=name)
+
+    def _hand_over(self, wire: _Wire, number: int, answer: Answer) -> None:
+        """A prompt was read: its keys and values travel to where it is answered."""
+        name = answer.request.name
+        whole = self._asked.pop(name)
+        if whole.longest == 1:
+            self._done(number, replace(answer, request=whole))
             return
-        read[number] = whole, answer
-        travel = round(whole.prompt * bytes_per_token / wires * PS)
-        if prefill.streams:  # what was made before the last layer has left meanwhile
-            travel = max(travel // layers, travel - answer.prompt * (layers - 1) // layers)
-        heappush(sent, (answer.last + latency + travel, number))
+        self._read[name] = whole, answer, number
+        arrival = wire.arrival(whole, answer)
+        self._traffic.send(Request(arrival, whole.prompt, whole.output, (), name, True, whole.also), number, 1)
 
-    def finished(answer: Answer) -> None:
-        whole, before = read.pop(int(answer.request.name))
-        done(before.then(whole, answer))
+    def _join(self, number: int, answer: Answer) -> None:
+        """The other tokens of a request whose prompt was read elsewhere are there."""
+        whole, before, reader = self._read.pop(answer.request.name)
+        self._done(number, before.then(whole, answer), reader)
 
-    readers, writers = _started(prefill, arrived, outcome), _started(decode, finished, outcome)
-    layers = readers[0].times.layers
+    def _done(self, number: int, answer: Answer, reader: int = -1) -> None:
+        """A request is answered by an engine, after another one that read its prompt if there was one."""
+        self._outcome.add(answer)
+        for one in (number, reader) if self._groups else ():
+            if one in self._groups:
+                self._groups[one].seen.add(answer)
+        if self._each is not None:
+            self._each(answer)
+        if following := self._follow(answer.request, True):
+            self._send(following, answer.last, number)
 
-    def deliver(until: int | None) -> None:
-        while sent and (until is None or sent[0][0] <= until):
-            moment, number = heappop(sent)
-            whole, _ = read[number]
-            for engine in writers:
-                engine.advance(moment)
-            request = Request(moment, whole.prompt, whole.output, (), str(number), True)
-            writers[route(request, writers)].push(request)
+    def _refuse(self, request: Request, why: str) -> None:
+        """A request is never answered, nor any turn after it sent."""
+        self._outcome.reject(request, why)
+        for later in request.followers():
+            self._outcome.reject(later, "a request before it in its session was rejected")
+        self._send(self._follow(request, False), request.arrival, -1)
 
-    for number, request in enumerate(requests):
-        for engine in readers:
-            engine.advance(request.arrival)
-        deliver(request.arrival)
-        asked[str(number)] = request
-        readers[route(request, readers)].push(replace(request, output=1, name=str(number)))
-    for engine in readers:
-        engine.advance()
-    deliver(None)
-    for engine in writers:
-        engine.advance()
-    outcome.close([*readers, *writers], (prefill.replicas + decode.replicas) * outcome.seconds)
-    return outcome
+    def _send(self, requests: Iterable[Request], now: int, sender: int) -> None:
+        for one in requests:
+            inside = self._enter(replace(one, arrival=now + one.arrival))
+            if inside:
+                self._traffic.send(inside, sender)

@@ -1,7 +1,7 @@
 """What the clients of a serving engine saw: percentiles, goodput, and where the time of the slow ones went."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from operator import attrgetter
@@ -13,6 +13,7 @@ from narrows.simulate.step_times import PS
 
 _FINE = 256  # bins for every doubling: a percentile is right to 0.14 %
 _COARSE = 8
+_NONE = math.floor(math.log2(1e-12) * _FINE)  # the bin of what is below a picosecond
 _REASONS = 20
 _spent = attrgetter(*PARTS)
 
@@ -21,17 +22,18 @@ class Spread:
     """A stream of positive numbers: mean exact, percentiles to 0.14 %, in memory that does not grow."""
 
     def __init__(self) -> None:
-        self.count, self.total = 0, 0.0
-        self._bins: dict[int, int] = {}
+        self.count: float = 0  # tokens that come several at once count in parts
+        self.total = 0.0
+        self._bins: dict[int, float] = {}
 
     def add(self, value: float) -> None:
-        """One more number; what is below a picosecond counts as one."""
+        """One more number; a percentile below a picosecond is 0."""
         self.count += 1
         self.total += value
         bin_ = math.floor(math.log2(max(value, 1e-12)) * _FINE)
         self._bins[bin_] = self._bins.get(bin_, 0) + 1
 
-    def add_run(self, first: float, slope: float, n: int, weight: int) -> None:
+    def add_run(self, first: float, slope: float, n: int, weight: float) -> None:
         """The numbers first, first + slope, ... n of them, each `weight` times: as many operations as bins they reach."""
         self.count += n * weight
         self.total += (n * first + slope * (n * (n - 1) // 2)) * weight
@@ -52,16 +54,16 @@ class Spread:
 
     def quantile(self, share: float) -> float:
         """The number below which a share of them lies."""
-        wanted, seen = share * self.count, 0
+        wanted, seen = share * self.count, 0.0
         for bin_ in sorted(self._bins):
             seen += self._bins[bin_]
             if seen >= wanted:
-                return float(2.0 ** ((bin_ + 0.5) / _FINE))
+                return float(2.0 ** ((bin_ + 0.5) / _FINE)) if bin_ > _NONE else 0.0
         return math.nan
 
     def curve(self) -> list[tuple[float, float]]:
         """(number, share of all that are no larger), a point for each bin."""
-        seen, found = 0, []
+        seen, found = 0.0, []
         for bin_ in sorted(self._bins):
             seen += self._bins[bin_]
             found.append((2.0 ** ((bin_ + 1) / _FINE), seen / self.count))
@@ -80,6 +82,7 @@ class Outcome:
     parts   seconds of all requests by where they went; they add up to the sum of all latencies
     hits    tokens of prompts that were found, on the device and in each tier below it
     starts  of replicas that come with the load;  replica_seconds  that replicas were there, starting or serving
+    groups  what each did, where replicas are unlike
     """
 
     ttft_limit: float = math.inf
@@ -102,6 +105,7 @@ class Outcome:
     first_arrival: int | None = None
     last_arrival: int = 0
     end: int = 0
+    groups: list["GroupOutcome"] = field(default_factory=list)
     rejected: int = 0
     reasons: list[str] = field(default_factory=list)
     _parts: dict[int, list[int]] = field(default_factory=dict)
@@ -111,15 +115,16 @@ class Outcome:
         r = answer.request
         first = r.arrival if r.read else answer.first  # it came with its first token
         ttft, whole = (first - r.arrival) / PS, (answer.last - r.arrival) / PS
-        tpot = (answer.last - first) / PS / (r.output - 1) if r.output > 1 else 0.0
+        tokens, follow = (r.tokens, r.longest - 1) if r.also else (r.output, r.output - 1)
+        tpot = (answer.last - first) / PS / follow if follow else 0.0
         self.ttft.add(ttft)
         self.e2e.add(whole)
         self.queue.add(answer.queue / PS)
-        if r.output > 1:
+        if follow:
             self.tpot.add(tpot)
         self.requests += 1
         self.good += ttft <= self.ttft_limit and tpot <= self.tpot_limit
-        self.tokens += r.output
+        self.tokens += tokens
         self.prompts += r.prompt
         self.cached += answer.cached
         self.preemptions += answer.preemptions
@@ -132,7 +137,7 @@ class Outcome:
             if spent:
                 sums[i] += spent
 
-    def pace(self, first: int, slope: int, n: int, sequences: int) -> None:
+    def pace(self, first: int, slope: int, n: int, sequences: float) -> None:
         """Tokens followed those before them after `first`, `first + slope`, ... picoseconds, n times, in so many sequences."""
         self.tbt.add_run(first / PS, slope / PS, n, sequences)
 
@@ -140,7 +145,7 @@ class Outcome:
         """A request that could never be served is counted, the first of them with their reason."""
         self.rejected += 1
         if len(self.reasons) < _REASONS:
-            self.reasons.append(f"{request.prompt} + {request.output} tokens: {why}")
+            self.reasons.append(f"{request.prompt} + {request.tokens} tokens: {why}")
 
     def count(self, engine: Engine) -> None:
         """An engine is done."""
@@ -152,6 +157,8 @@ class Outcome:
         for engine in engines:
             self.count(engine)
         self.replica_seconds, self.starts = replica_seconds, starts
+        for group in self.groups:
+            group.seconds = self.seconds
 
     @property
     def seconds(self) -> float:
@@ -179,6 +186,7 @@ class Outcome:
         arriving = (self.last_arrival - (self.first_arrival or 0)) / PS
         if self.requests and self.seconds > 1.1 * arriving + 2 * self.e2e.quantile(0.01):
             found.append(f"Past saturation: requests arrived for {arriving:,.0f} s and took {self.seconds:,.0f} s to serve.")
+        found += [group.sentence(self.requests) for group in self.groups]
         return tuple(found)
 
     def as_json(self) -> dict[str, Any]:
@@ -204,4 +212,46 @@ class Outcome:
             "replica_seconds": self.replica_seconds,
             "ledger": self.ledger(),
             "ledger_slowest_1_percent": self.ledger(0.01),
+            **({"groups": [group.as_json(self.requests) for group in self.groups]} if self.groups else {}),
         }
+
+
+@dataclass
+class GroupOutcome:
+    """What a group of equal replicas did beside others: `seen` is of the requests that it answered or whose prompts it read.
+
+    role   all, or of two: prompts, answers;  price_per_hour  dollars of all its devices;  seconds  for which it was there
+    """
+
+    name: str
+    role: str
+    price_per_hour: float | None
+    seen: Outcome
+    engines: Sequence[Engine]
+    seconds: float = 0.0
+
+    @property
+    def utilization(self) -> float:
+        """The share of its time in which its engines had something inside."""
+        busy = sum(engine.now - engine.idle for engine in self.engines) / PS
+        return busy / max(self.seconds * len(self.engines), 1e-12)
+
+    @property
+    def dollars(self) -> float | None:
+        """The price of its devices for the load."""
+        return None if self.price_per_hour is None else self.price_per_hour * self.seconds / 3600
+
+    def sentence(self, requests: int) -> str:
+        """What it did, of so many requests."""
+        o, what = self.seen, {"prompts": "read the prompts of", "answers": "answered"}.get(self.role, "served")
+        cost = "" if self.dollars is None else f", ${self.dollars:,.2f}"
+        done = f"{self.name} {what} {o.requests / max(requests, 1):.0%} of the requests, busy {self.utilization:.0%} of the time"
+        last, spread = ("had their first token", o.ttft) if self.role == "prompts" else ("were answered", o.e2e)
+        return f"{done}; 99 % of them {last} within {spread.quantile(0.99):.3g} s{cost}."
+
+    def as_json(self, requests: int) -> dict[str, Any]:
+        """As plain data, with its share of all requests."""
+        o = self.seen
+        return {"group": self.name, "role": self.role, "requests": o.requests, "share": o.requests / max(requests, 1),
+                "utilization": self.utilization, "dollars": self.dollars, "tokens": o.tokens, "ttft_s": o.ttft.as_json(),
+                "tpot_s": o.tpot.as_json(), "e2e_s": o.e2e.as_json()}  # fmt: skip

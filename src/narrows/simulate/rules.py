@@ -14,8 +14,8 @@ class Rules:
     reserve     share of the output still to come for which room must be free when a request is let in
     watermark   share of the blocks that stays free when a request is let in
     prefix_cache   keys and values of prompts are kept for others while there is room
-    swap        who loses its room while it decodes waits with its keys and values in the host's memory, which both ways delay
-                the step in which it comes back (False: they are made again); room there is not counted
+    swap        who loses its room while it decodes waits with its keys and values in the first tier below, where prompts give
+                way to them; both ways delay the step in which it comes back (False, or no room there: they are made again)
     batched     nobody is let in before all who run have their answer (no continuous batching)
     patience    tokens that a prompt may be longer for every second it has waited and still be read first (0: in the order
                 of arrival)

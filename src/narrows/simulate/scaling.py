@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from narrows.diagnose import prepared
@@ -47,7 +47,7 @@ def source_bytes_per_s(machine: Machine, devices: int, source: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """When replicas come and go; a group's `replicas` are the most there can be.
+    """When replicas come and go, looked at as requests arrive; a group's `replicas` are the most there can be.
 
     least    that are always there (0: the first request starts one)
     load     requests inside a replica, those that start counted too, above which one more is started
@@ -83,7 +83,12 @@ class Replicas:
         self.starts = 0
         self.paid = 0  # picoseconds of all replicas, from their start to their end
 
-    def at(self, now: int) -> list[Engine]:
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """All that are there."""
+        return list(self._since)
+
+    def at(self, now: int) -> Sequence[Engine]:
         """Those that a request of this moment may go to: all that serve, else the one that will first."""
         taking, leaving, scaling = self._taking, self._leaving, self._scaling
         for engine in self._since:
@@ -120,11 +125,11 @@ class Replicas:
         self._gone(engine)
 
     def close(self) -> None:
-        """The load is over: all is answered, and who takes requests stays until the last answer."""
+        """The load is over: all is answered, and who takes requests stays until the last answer, or until it has started."""
         for engine in self._since:
             engine.advance()
+        end = max((engine.now for engine in self._since if engine.now > engine.ready), default=0)
         for engine, left in self._leaving.items():
             self._end(engine, left)
-        end = max((engine.now for engine in self._taking), default=0)
         for engine in self._taking:
             self._end(engine, end)

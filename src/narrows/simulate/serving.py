@@ -5,19 +5,21 @@ token each: the sum of such a run of steps is closed, and the engine takes it at
 this gives the same bits as one step after another.
 """
 
+import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 
 from narrows.errors import NarrowsError
-from narrows.simulate.blocks import PIECE, Pool, Stretch
+from narrows.simulate.blocks import Growth
 from narrows.simulate.pace import Pace, Tell
-from narrows.simulate.requests import Answer, Piece, Request, Sequence
+from narrows.simulate.requests import Answer, Piece, Request, Sequence, Spent
+from narrows.simulate.room import Room
 from narrows.simulate.rules import Rules
 from narrows.simulate.sharing import Beside, Streams
 from narrows.simulate.step_times import PS, StepTimes, steps_to
-from narrows.simulate.tiers import Tiers
+from narrows.simulate.tiers import PIECE, Tiers
 
 
 class Engine:
@@ -46,63 +48,90 @@ class Engine:
         self.runs = 0  # of equal steps, taken at once
         self.preemptions = 0
         self.pushed = 0  # requests so far
+        self.idle = 0  # picoseconds in which nothing was inside
+        self.prompts = self.outputs = 0  # tokens of the requests inside
         self.hits = [0] * (1 + len(tiers.tiers if tiers else ()))
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # in the order in which they were let in
         self._reading: list[Sequence] = []  # of these, the ones whose prompt is not read
+        self._forks = 0  # further answers for which these stand
         self._ends: list[tuple[int, int, Sequence]] = []
         self._decoding = self._context = self._turns = 0
         self._promised = 0  # sum of `end` over those that decode
-        self._phases = [0] * rules.block  # decoding sequences by (tokens in the cache - steps) mod block
-        self._pool = Pool(blocks, rules.block, tiers)
+        self._growth = Growth(rules.block)  # of those that decode
+        self._room = Room(blocks, rules, tiers)
+        self._pool = self._room.pool
         self._swap = tiers.tiers[0].fetch // PIECE if tiers and rules.swap else 0  # picoseconds of a token
         self._stuck = False  # nobody can be let in before something ends
         self._evicted = False  # in the step that begins: nobody is let in
-        self._spent = (0, 0, 0, 0, 0)  # picoseconds of decoding, communication, host, prompts and a cap since the start
+        self._single = False  # the next one tries again to let somebody in
+        self._spent: Spent = (0, 0, 0, 0, 0)  # since the start
         self._group = 0  # of layers, that reads the prompts next
-        self._pace = Pace(tell)
+        self._pace = Pace(tell, times.taken)
         self._streams = streams  # where prompts have one of their own:
         self._beside: Beside | None = None  # how the device is cut while both streams run
         self._under_way: list[Piece] = []  # pieces of prompts that it reads
         self._host_under_way = 0
         self._read_until = ready  # when it is done with them, or was with the last ones
         self._held_up = False  # it could not begin when it was free
+        self._asked, self._late = math.inf, list[int]()  # the moment advanced to, and when steps end in which answers do after it
+        self._going = False  # decoding's last step, up to now: what prompts do before comes first
         self._freed = 0  # when something ended that nobody could be let in before
         self._aside = 0  # picoseconds of the host for its steps
 
     @property
     def load(self) -> int:
-        """Requests inside."""
-        return len(self.waiting) + len(self.running)
+        """Sequences inside: of a request whose prompt is not read, one."""
+        return len(self.waiting) + len(self.running) + len(self._late)
 
     @property
     def room(self) -> int:
         """Free blocks."""
         return self._pool.free
 
+    def found(self, request: Request) -> int:
+        """Tokens of a prompt that are remembered here."""
+        return self._room.found(request)
+
     def push(self, request: Request) -> None:
         """Let a request queue up; its arrival is not before that of the last."""
         self.pushed += 1
-        most = -(-(request.prompt + request.output - 1) // self.rules.block)
-        if request.prompt < 1 or request.output < 1:
-            self.reject(request, "a prompt and an answer have at least one token")
-        elif most > self.blocks:
-            self.reject(request, f"it needs {most} blocks and there are {self.blocks}")
-        elif not self.rules.chunked and request.prompt > self.rules.max_tokens:
-            self.reject(request, f"its prompt is longer than a step of {self.rules.max_tokens} tokens")
+        if why := request.refusal(self.rules, self.blocks):
+            self.reject(request, why)
+            return
+        self.prompts += request.prompt
+        self.outputs += request.tokens
+        if not self.running and not self.waiting and self.now < request.arrival:
+            self.idle += request.arrival - self.now
+            self.now = request.arrival
+        sequence, patience = Sequence(request), self.rules.patience
+        if request.session:
+            sequence.lost = self._pool.resume(request.session)
+        if patience:
+            insort(self.waiting, sequence, key=lambda one: one.request.prompt + patience * one.request.arrival / PS)
         else:
-            if not self.running and not self.waiting:
-                self.now = max(self.now, request.arrival)
-            sequence, patience = Sequence(request), self.rules.patience
-            if patience:
-                insort(self.waiting, sequence, key=lambda one: one.request.prompt + patience * one.request.arrival / PS)
-            else:
-                self.waiting.append(sequence)
-            if self.waiting[0] is sequence:
-                self._stuck = False
+            self.waiting.append(sequence)
+        if self.waiting[0] is sequence:
+            self._stuck = False
+
+    @property
+    def bound(self) -> float:
+        """No answer comes before this moment (picoseconds) unless more is pushed; infinite where nothing is inside."""
+        if not (self.running or self.waiting):
+            return math.inf
+        waits = self._reading or (self.waiting and not self._stuck)
+        if self._streams:
+            ends = self._read_until if self._under_way else 1 + (self._begins() if waits else self.now)
+            return min(ends, self.now + (not self._going))
+        if waits or self._evicted or not self._decoding or self._growth.next(self.steps) > self._pool.free:
+            return self.now + 1  # the end of the step that begins now is later still
+        n, each, slope = self._run()
+        return self.now + n * each + slope * (n * (n - 1) // 2)
 
     def advance(self, until: int | None = None) -> None:
         """Take all steps that begin before `until` (picoseconds), or all there are."""
+        self._asked = math.inf if until is None else until
+        self._late = [at for at in self._late if at > self._asked]
         if self._streams:
             while (self.running or self.waiting) and self._advance_both(until):
                 pass
@@ -116,7 +145,8 @@ class Engine:
     def _advance_both(self, until: int | None) -> bool:
         """Begin or end a step of prompts, or decode until one ends; False where nothing more begins before `until`."""
         waits = self._reading or (self.waiting and not self._stuck)
-        if waits and not self._under_way and (until is None or self._begins() < until):
+        begins = self._begins() if waits and not self._under_way else None
+        if begins is not None and (until is None or begins < until) and (begins < self.now or not self._going):
             self._held_up = not self._read_step()
         if self._under_way and (self._read_until <= self.now or not self._decoding):
             self.now = max(self.now, self._read_until)
@@ -124,6 +154,10 @@ class Engine:
             self._aside += self._host_under_way
             read, self._under_way = self._under_way, []
             self._read(read, self._read_until)
+            return True
+        if self._going and (until is None or self.now <= until):
+            self._going = False
+            self._leave()
             return True
         if until is not None and self.now >= until:
             return False
@@ -150,55 +184,41 @@ class Engine:
         if not self._decoding:
             self._evicted = False
             return
-        count, context, block = self._decoding, self._context, self.rules.block
+        count, context = self._decoding, self._context
         times = self._beside.decoding if self._beside else self.times
-        piece, each = times.decode(count, context)
+        n, each, slope = self._run()
         host, sent = times.host(count), times.communication(count)
-        n = 1 if self._evicted else self._next_end() - self.steps  # after an eviction, the next step tries to let it in again
-        self._evicted = False
-        if piece.end:
-            n = min(n, -(-(piece.end - context) // count))
-        n = self._fitting(n, block)
-        slope = piece.slope * count
+        self._evicted = self._single = False
         took = n * each + slope * (n * (n - 1) // 2)
         if until is not None and took > until - self.now:
             n = steps_to(until - self.now, each, slope, n)
             took = n * each + slope * (n * (n - 1) // 2)
-        self._pool.take(self._wanted(n, block))
+        self._pool.take(self._growth.wanted(self.steps, n, count))
         self._pace.steps(self.now, each, slope, n, count)
         self.now += took
         self.steps += n
         self.runs += 1
         self._context += n * count
         decode, wire, own, prompts, cap = self._spent
-        held = n * times.held(count) if times.capped else 0
+        held = n * self.times.held(count) if times.capped else 0
         longer = 0  # than without prompts beside it
         if self._beside:
             piece, alone = self.times.decode(count, context)
             longer = n * (each - alone) + (slope - piece.slope * count) * (n * (n - 1) // 2)
         decode += took - longer - n * (host + sent) - held
         self._spent = (decode, wire + n * sent, own + n * host, prompts + longer, cap + held)
-        self._leave()
+        self._going = bool(self._streams)
+        if not self._going:
+            self._leave()
 
-    def _wanted(self, n: int, block: int) -> int:
-        """New blocks for n steps of those that decode."""
-        phases, steps = self._phases, self.steps
-        whole, rest = divmod(n, block)
-        last = -steps % block + 1  # the phases of the steps that are left end here, and go on at the end of the list
-        left = sum(phases[last - rest : last]) if rest <= last else sum(phases[:last]) + sum(phases[last - rest :])
-        return whole * self._decoding + left
-
-    def _fitting(self, n: int, block: int) -> int:
-        """At most n steps, as many as there are free blocks for."""
-        if self._wanted(n, block) <= self._pool.free:
-            return n
-        fits = self._pool.free // self._decoding * block
-        left = self._pool.free - self._pool.free // self._decoding * self._decoding
-        while True:
-            left -= self._phases[-(self.steps + fits) % block]
-            if left < 0:
-                return fits
-            fits += 1
+    def _run(self) -> tuple[int, int, int]:
+        """Steps until something else may happen, and picoseconds: of the first of them, and how much longer each next one is."""
+        count, context = self._decoding, self._context
+        piece, each = (self._beside.decoding if self._beside else self.times).decode(count, context)
+        n = 1 if self._evicted or self._single else self._next_end() - self.steps
+        if piece.end:
+            n = min(n, -(-(piece.end - context) // count))
+        return self._growth.fitting(self.steps, n, count, self._pool.free), each, piece.slope * count
 
     def _next_end(self) -> int:
         """The step after which the next sequence has all its tokens."""
@@ -209,8 +229,7 @@ class Engine:
 
     def _make_room(self) -> None:
         """Free blocks for the next step of those that decode, by taking them from who came last."""
-        block = self.rules.block
-        while self._phases[-self.steps % block] > self._pool.free:
+        while self._growth.next(self.steps) > self._pool.free:
             self._evict(next(reversed(self.running)))
 
     def _evict(self, last: Sequence) -> None:
@@ -220,19 +239,22 @@ class Engine:
             self._pace.lose(last)
             self._drop(last)
             last.left = last.end - self.steps
-            last.todo = last.request.prompt + last.request.output - last.left
+            last.todo = last.base + self.steps + 1
             last.end = last.turn = 0
-            self._account(last)
-            last.swapped = last.todo - 1 if self.rules.swap else 0
+            last.account(self._spent)
+            last.swapped = last.todo - 1 if self.rules.swap and self._pool.tiers.swap(last.todo - 1) else 0
         else:
             self._reading.remove(last)
+            self._forks -= last.forks
             if last.preempted < 0:
                 last.host += self._hosts - last.seen[2]
-        last.lost = len(last.pieces), self._release(last)
+        last.lost = self._room.release(last)
         if last.preempted < 0:
             last.preempted = self.now
         last.read = 0
         last.times += 1
+        if last.family:
+            last.family.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(last)
         self._stuck, self._evicted = False, True
@@ -244,25 +266,8 @@ class Engine:
         self._decoding -= 1
         self._promised -= sequence.end
         self._context -= held
-        self._phases[sequence.base % self.rules.block] -= 1
+        self._growth.drop(sequence.base)
         sequence.blocks = -(-held // self.rules.block)
-
-    def _release(self, sequence: Sequence) -> Stretch:
-        """Give back the blocks of a sequence; pieces of its prompt that others hold stay."""
-        pool = self._pool
-        own = pool.give(sequence.blocks - pool.blocks(sequence.pieces))
-        pool.release(sequence.pieces)
-        sequence.pieces, sequence.blocks = [], 0
-        return own
-
-    def _account(self, sequence: Sequence) -> None:
-        """Add what the engine spent since the sequence began to decode to its own account."""
-        then, now = sequence.seen, self._spent
-        sequence.decode += now[0] - then[0]
-        sequence.sent += now[1] - then[1]
-        sequence.host += now[2] - then[2]
-        sequence.interference += now[3] - then[3]
-        sequence.capped += now[4] - then[4]
 
     def _leave(self) -> None:
         """Hand over all whose last token was given."""
@@ -273,16 +278,24 @@ class Engine:
                 continue  # it lost its room since
             del self.running[sequence]
             self._drop(sequence)
-            self._account(sequence)
+            sequence.account(self._spent)
             self._finish(sequence, self.now)
 
-    def _finish(self, s: Sequence, at: int) -> None:
-        self._release(s)
+    def _finish(self, sequence: Sequence, at: int) -> None:
+        """The last token of an answer was given: of a request, if it is the last of its answers."""
+        request, family = sequence.request, sequence.family
+        self._room.finish(sequence)
         if self._stuck:
             self._stuck, self._freed = False, at
-        waited, cold = s.admitted - s.request.arrival, max(0, min(s.admitted, self.ready) - s.request.arrival)
-        self.emit(Answer(s.request, s.admitted, s.first, at, s.cached, s.times, waited - cold, s.own,
-                         s.interference, s.decode, s.sent, s.host, s.out, s.moved, cold, s.capped))  # fmt: skip
+        if at > self._asked:
+            self._late.append(at)
+        if family:
+            family.to_come -= 1
+            if family.to_come:
+                return
+        self.prompts -= request.prompt
+        self.outputs -= request.tokens
+        self.emit(sequence.answer(at, self.ready))
 
     # ---- a step that reads prompts ----
 
@@ -294,18 +307,22 @@ class Engine:
             self._make_room()
             decoding = self._decoding
         budget = rules.max_tokens - decoding
-        demand = self._phases[-self.steps % rules.block] if decoding else 0
+        demand = self._growth.next(self.steps) if decoding else 0
         pieces: list[tuple[Sequence, int]] = []
         for sequence in list(self._reading):
             piece = min(sequence.todo - sequence.read, budget)
             if piece < 1:
                 break
-            while self._lacks(sequence, piece) > self._pool.free - demand and sequence in self.running:
+            while (short := self._room.lacks(sequence, piece) > self._pool.free - demand) and sequence in self.running:
+                if self._going:
+                    break  # who takes part in a step keeps its room until it ends
                 self._evict(next(reversed(self.running)))
-                decoding, demand = self._again(decoding)
-            if sequence not in self.running:
+                decoding = self._decoding if decoding else 0
+                demand = self._growth.next(self.steps) if decoding else 0
+            if short or sequence not in self.running:
+                budget = 0
                 break
-            self._take(sequence, piece)
+            self._room.take(sequence, piece)
             pieces.append((sequence, piece))
             budget -= piece
         self._group = self._group if pieces else 0
@@ -317,41 +334,32 @@ class Engine:
             self._start(sequence, self.now)
         return bool(pieces)
 
-    def _again(self, decoding: int) -> tuple[int, int]:
-        """How many decode in this step, and the blocks they want, after an eviction."""
-        return (self._decoding, self._phases[-self.steps % self.rules.block]) if decoding else (0, 0)
-
-    def _lacks(self, sequence: Sequence, piece: int) -> int:
-        """Blocks that the next piece of a prompt needs and has not."""
-        return -(-(sequence.read + piece) // self.rules.block) - sequence.blocks
-
-    def _take(self, sequence: Sequence, piece: int) -> None:
-        more = self._lacks(sequence, piece)
-        sequence.blocks += more
-        self._pool.take(more)
-
     def _admit(self, pieces: list[tuple[Sequence, int]], budget: int, demand: int, at: int) -> list[Sequence]:
         """Let waiting requests in, in order, as far as tokens, sequences and blocks go; gives those with nothing to read."""
         rules, pool = self.rules, self._pool
         joining: list[Sequence] = []
         while self.waiting:
             sequence = self.waiting[0]
-            if len(self.running) >= rules.max_sequences:
+            if len(self.running) + self._forks + sequence.forks >= rules.max_sequences:
                 self._stuck = True
                 break
-            found, own = ((), 0) if sequence.swapped else self._remembered(sequence)
-            cached = sequence.swapped or len(found) * PIECE + own * rules.block
+            found, own, common = ((), 0, 0) if sequence.swapped else self._room.remembered(sequence)
+            cached = sequence.swapped or len(found) * PIECE + (own + common) * rules.block
             ready = sequence.request.read and sequence.first < 0
             piece = sequence.todo if ready else min(sequence.todo - cached, budget)
             if piece < 1 or (piece < sequence.todo - cached and not rules.chunked):
                 break
-            room = pool.free - demand - pool.idle(found) - own - round(rules.watermark * self.blocks)
+            free = pool.idle(found) + own  # of what is remembered, what others may get before
+            room = pool.free - demand - free - round(rules.watermark * self.blocks)
             if rules.reserve:
-                coming = self._promised - self.steps * self._decoding + sequence.left + sum(s.left for s in self._reading)
+                coming = self._promised - self.steps * self._decoding + sequence.coming + sum(s.coming for s in self._reading)
                 room -= round(rules.reserve * coming / rules.block)
-            held = pool.blocks(found) + own
-            if -(-(cached + piece) // rules.block) - held > room and self.running:
-                self._stuck = True
+            held = pool.blocks(found) + own + common
+            if self._room.blocks(sequence, cached + piece) - held > room and self.running:
+                if free and sequence.todo > budget:
+                    self._single = True  # some of it may be lost, and a step's piece of the prompt then need less room
+                else:
+                    self._stuck = True
                 break
             self.waiting.popleft()
             if found:
@@ -359,14 +367,20 @@ class Engine:
                     self._count(found)
                 sequence.fetch = pool.hold(found)
             if sequence.swapped:
+                pool.tiers.back(sequence.swapped)
                 sequence.fetch, sequence.swapped = 2 * sequence.swapped * self._swap, 0
             if own and sequence.lost is not None:
-                pool.reclaim(sequence.lost[1], own)
+                pool.reclaim(sequence.lost.rest, own)
             sequence.read, sequence.blocks, sequence.pieces, sequence.lost = cached, held, list(found), None
-            self._take(sequence, piece)
+            self._room.take(sequence, piece)
+            self._forks += sequence.forks
+            if common and sequence.family:
+                sequence.shares = True
+                sequence.family.holders += 1
             if sequence.admitted < 0:
                 sequence.admitted = at
                 sequence.cached = cached
+                self.hits[0] += own * rules.block
             if sequence.first < 0:
                 sequence.seen = (*self._spent[:2], self._aside, *self._spent[3:]) if self._streams else self._spent
                 if sequence.preempted >= 0:
@@ -388,16 +402,6 @@ class Engine:
         for place in [-1] * (len(pieces) - len(places)) + places:
             self.hits[place + 1] += PIECE
 
-    def _remembered(self, sequence: Sequence) -> tuple[tuple[int, ...], int]:
-        """Pieces of a prompt that are there, and further blocks that are left of the sequence since it was evicted."""
-        if not self.rules.prefix_cache:
-            return (), 0
-        hashes, block = sequence.request.hashes, self.rules.block
-        found = self._pool.match(hashes, sequence.todo) if hashes else ()
-        if sequence.lost is None or len(found) != sequence.lost[0]:
-            return found, 0
-        return found, min(sequence.lost[1].count, (sequence.todo - 1) // block - self._pool.blocks(found))
-
     def _spend(self, pieces: list[tuple[Sequence, int]], decoding: int, demand: int, at: int) -> None:
         """Take the time of a step of pieces of prompts and of those that decode beside them."""
         layered, tokens = self.rules.layered, sum(piece for _, piece in pieces)
@@ -408,7 +412,7 @@ class Engine:
         groups = min(-(-tokens // layered), times.layers) if layered else 1
         self._group = (self._group + 1) % groups if self._group < groups else 0
         done = 0 if self._group else sum(sequence.read + piece == sequence.todo for sequence, piece in pieces)
-        host = times.host(decoding + len(pieces))
+        host = times.host(decoding, len(pieces))
         own = [times.prompt(piece, sequence.read) // groups for sequence, piece in pieces]
         base = times.rows(decoding) + times.outputs(decoding) if decoding else 0
         alone = 0
@@ -420,7 +424,7 @@ class Engine:
                 for (sequence, piece), one in zip(pieces, own, strict=True)]  # fmt: skip
         took, added = base + shared + alone + sum(own) + host + sum([piece.moved for piece in read]), 0
         if times.capped:
-            more = max(times.held(tokens + decoding) - times.held(decoding), 0) // groups
+            more = times.held_reading(tokens, decoding) // groups
             caps = [times.held_prompt(piece, sequence.read) // groups + more * piece // tokens for sequence, piece in pieces]
             read = [piece._replace(own=piece.own - cap, capped=cap) for piece, cap in zip(read, caps, strict=True)]
             added = sum(caps)
@@ -429,7 +433,7 @@ class Engine:
             self._under_way, self._read_until, self._host_under_way = read, at + took, host
             return
         if decoding:
-            self._pace.steps(self.now, took, 0, 1, decoding)
+            self._pace.steps(self.now, took, 0, 1, decoding, base + alone + times.host(decoding))
         self.now += took
         decode, wire, hosts, prompts, cap = self._spent
         kept, held = (times.communication(decoding), times.held(decoding)) if decoding else (0, 0)
@@ -462,19 +466,23 @@ class Engine:
 
     def _start(self, sequence: Sequence, at: int) -> None:
         """A prompt is read: its first token is given, and it decodes from the next step on."""
+        self._room.keep(sequence)
         if sequence.first < 0:
             sequence.first = at
             sequence.host += self._hosts - sequence.seen[2]
             sequence.interference = at - sequence.admitted - sequence.own - sequence.host - sequence.out
             sequence.interference -= sequence.capped + sequence.moved
+            if sequence.forks:
+                self._forks -= sequence.forks
+                for one in self._room.fork(sequence):
+                    self.running[one] = None
+                    self._start(one, at)
         elif sequence.preempted >= 0:
             sequence.out += at - sequence.preempted
             sequence.preempted = -1
         self._pace.begin(sequence, at)
         sequence.seen = self._spent
         sequence.left -= 1
-        if self.rules.prefix_cache and sequence.request.hashes:
-            sequence.pieces += self._pool.keep(sequence.request.hashes, sequence.request.prompt)
         if not sequence.left:
             del self.running[sequence]
             self._pace.end(sequence)
@@ -489,4 +497,4 @@ class Engine:
         self._decoding += 1
         self._promised += sequence.end
         self._context += sequence.todo
-        self._phases[sequence.base % self.rules.block] += 1
+        self._growth.add(sequence.base)

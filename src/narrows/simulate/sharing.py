@@ -1,7 +1,8 @@
 """Prompts and decoding side by side on one device: each on a share of its units, both on one memory.
 
 A share of the units has as much of the arithmetic; of the bandwidth it has what so many units can ask for, which is all of
-it long before all units do. What both ask for and there is not, they share: each gets what it wants up to half.
+it long before all units do. What both ask for and there is not, they share: each gets what it wants up to half. A step keeps
+the share with which it began, and who decodes in it keeps its room until it ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,9 +47,11 @@ def reach(machine: Machine, share: float) -> float:
 
 
 def part(machine: Machine, share: float, bandwidth: float) -> Machine:
-    """A share of a device's units, at least one, as a device with a share of its bandwidth."""
+    """A share of a device's units, at least one, as a device with a share of its bandwidth; of its power, as of its units."""
     units = max(1, round(machine.units * share))
-    return replace(machine.scaled(compute=units / machine.units, bandwidth=bandwidth), units=units)
+    kept = units / machine.units
+    watts, idle = (drawn and drawn * kept for drawn in (machine.power_watts, machine.idle_watts))
+    return replace(machine.scaled(compute=kept, bandwidth=bandwidth), units=units, power_watts=watts, idle_watts=idle)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Streams:
         tokens = sum(new for new, _ in pieces)
         costs = []
         for cut in self.cuts:
-            prompts = cut.prompts.rows(tokens) + sum(cut.prompts.prompt(new, past) for new, past in pieces)
+            prompts = cut.prompts.reading(tokens, 0) + sum(cut.prompts.prompt(new, past) for new, past in pieces)
             segment = cut.decoding.decoding(sequences, context, sequences)
             decode = cut.decoding.rows(sequences) + segment.base + segment.slope * (context - segment.start)
             costs.append((prompts, decode) if used <= self.sharing.scarce else (decode, prompts))

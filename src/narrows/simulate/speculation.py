@@ -2,7 +2,8 @@
 
 What the model says is unchanged (Leviathan et al., ICML 2023). If each proposed token is kept with probability a, one
 after another, k proposed ones give (1 - a^(k + 1)) / (1 - a) tokens a step in the mean, the model's own one included. The engine
-then counts in tokens: every one takes its share of such a step, so that means hold; that several come at once is not seen.
+then counts in tokens: every one takes its share of such a step, so that means hold, and that several come at once shows in the
+time between tokens (`Pace`). What the last step gives beyond an answer is not counted: answers end less than a step early.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from narrows.errors import NarrowsError
 from narrows.graph import Graph
 from narrows.machine import Machine
-from narrows.simulate.step_times import Segment, StepTimes
+from narrows.simulate.step_times import Overlap, Segment, Shelf, StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +37,23 @@ class Speculation:
 
 
 class Speculative(StepTimes):
-    """The times of steps of a model whose tokens are proposed; a `draft` model runs on the same devices, one step a token."""
+    """The times of steps of a model whose tokens are proposed; a `draft` model runs on the same devices, one step a token.
+
+    A step checks `ahead` + 1 rows of every sequence; what changes a step otherwise changes those of the check and of the draft.
+    """
 
     def __init__(self, speculation: Speculation, graph: Graph, machine: Machine, devices: int, most_rows: int,
-                 most_sequences: int, factor: float, step_seconds: float, sequence_seconds: float) -> None:  # fmt: skip
-        self.speculation, self._brings = speculation, speculation.ahead + 1
+                 most_sequences: int, factor: float, step_seconds: float, sequence_seconds: float,
+                 overlap: Overlap | None = None, shelf: Shelf | None = None, cap_watts: float = 0.0) -> None:  # fmt: skip
+        self.speculation, self._brings, self.taken = speculation, speculation.ahead + 1, speculation.taken
         draft, most = speculation.draft, most_sequences * self._brings
-        super().__init__(graph, machine, devices, most_rows, most, factor, step_seconds, sequence_seconds)
-        self.draft = StepTimes(draft, machine, devices, most_rows, most_sequences, factor) if draft else None
+        how = overlap, shelf, cap_watts
+        super().__init__(graph, machine, devices, most_rows, most, factor, step_seconds, sequence_seconds, *how)
+        self.draft = StepTimes(draft, machine, devices, most_rows, most_sequences, factor, 0.0, 0.0, *how) if draft else None
 
     def _a_token(self, checks: int, proposes: int) -> int:
         """A token's share of what a check takes and the proposals before it, each `proposes`."""
-        return round((checks + self.speculation.ahead * proposes) / self.speculation.taken)
+        return round((checks + self.speculation.ahead * proposes) / self.taken)
 
     def rows(self, rows: int) -> int:
         return self._a_token(super().rows(rows * self._brings), self.draft.rows(rows) if self.draft else 0)
@@ -58,12 +64,13 @@ class Speculative(StepTimes):
     def communication(self, rows: int) -> int:
         return self._a_token(super().communication(rows * self._brings), self.draft.communication(rows) if self.draft else 0)
 
-    def host(self, sequences: int) -> int:
-        return self._a_token(super().host(sequences), 0)
+    def host(self, decoding: int, pieces: int = 0) -> int:
+        alone = super().host(0, pieces)  # no token shares a step of prompts
+        return self._a_token(super().host(decoding), 0) + alone - super().host(0) if decoding else alone
 
     def reading(self, tokens: int, decoding: int) -> int:
         checked = decoding * self._brings
-        alone = super().rows(checked) if decoding else self.host(0) - super().host(0)  # no token shares a step of prompts
+        alone = super().rows(checked) if decoding else 0
         return super().rows(tokens + checked) - alone + (self.draft.rows(tokens) if self.draft else 0)
 
     def ending(self, done: int, decoding: int) -> int:
@@ -73,7 +80,22 @@ class Speculative(StepTimes):
     def prompt(self, new: int, past: int) -> int:
         return super().prompt(new, past) + (self.draft.prompt(new, past) if self.draft else 0)
 
+    def held(self, rows: int) -> int:
+        return self._a_token(super().held(rows * self._brings), self.draft.held(rows) if self.draft else 0)
+
+    def held_reading(self, tokens: int, decoding: int) -> int:
+        checked = decoding * self._brings
+        more = super().held(tokens + checked) - super().held(checked)
+        return max(more, 0) + (self.draft.held(tokens) if self.draft else 0)
+
+    def held_prompt(self, new: int, past: int) -> int:
+        return super().held_prompt(new, past) + (self.draft.held_prompt(new, past) if self.draft else 0)
+
     def decoding(self, sequences: int, context: int, rows: int) -> Segment:
-        own = super().decoding(sequences, context, rows)
-        other = self.draft.decoding(sequences, context, rows) if self.draft else Segment(own.start, own.end, 0, 0)
-        return Segment(own.start, own.end, self._a_token(own.base, other.base), self._a_token(own.slope, other.slope))
+        own = super().decoding(sequences, context, rows + sequences * self.speculation.ahead)
+        if not self.draft:
+            return Segment(own.start, own.end, self._a_token(own.base, 0), self._a_token(own.slope, 0))
+        other = self.draft.decoding(sequences, context, sequences)
+        start, end = max(own.start, other.start), min((e for e in (own.end, other.end) if e), default=0)
+        bases = (one.base + one.slope * (start - one.start) for one in (own, other))
+        return Segment(start, end, self._a_token(*bases), self._a_token(own.slope, other.slope))

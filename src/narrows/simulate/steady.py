@@ -74,7 +74,7 @@ class Steady:
 
     def add(self, answer: Answer) -> None:
         """One more answer."""
-        arrival, output = answer.request.arrival, answer.request.output
+        arrival, output = answer.request.arrival, answer.request.longest
         self.series["ttft_s"].add((answer.first - arrival) / PS)
         self.series["e2e_s"].add((answer.last - arrival) / PS)
         if output > 1:

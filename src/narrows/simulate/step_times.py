@@ -31,6 +31,8 @@ PS = 10**12  # picoseconds a second
 _MIXERS = ("attention", "latent_attention", "scan")  # whose time depends on the context of each sequence
 _DENSE = 512  # rows up to which all are tabled
 _Table = list[list[float]]
+_Numbers = NDArray[np.float64]
+_Whole = NDArray[np.int64]
 _PAST = (0, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 
 
@@ -57,6 +59,10 @@ class Overlap:
     memory: float = 0.5
     network: float = 0.4
 
+    def __post_init__(self) -> None:
+        if not (self.parts >= 1 and 0 <= self.memory < 1 and 0 <= self.network <= 1):
+            raise NarrowsError(f"{self} hides nothing.", where="overlap", remedy="Give 1 part or more, and shares below 1.")
+
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
@@ -71,6 +77,10 @@ class Shelf:
     bytes_per_s: float
     read: float = 1.0
     wire_bytes_per_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.room_bytes > 0 and self.bytes_per_s > 0 and 0 < self.read <= 1 and self.wire_bytes_per_s >= 0):
+            raise NarrowsError(f"{self} cannot be.", where="shelf", remedy="Give room, a rate, and a share from above 0 to 1.")
 
     def seconds(self, mixers: list[Op], step: Step) -> Any:
         """What attention of a step that decodes takes; the device's own part hides behind the reading."""
@@ -87,12 +97,13 @@ class StepTimes:
     """The times of an engine's steps for a model on a machine, cut over `devices` by tensor parallelism.
 
     `factor` scales what the device does, `step_seconds` and `sequence_seconds` are the host's time of a step and for
-    each sequence in it. `most_rows` and `most_sequences` bound the tables. With `overlap`, what can run side by side
-    does, in steps that it makes shorter; with a `shelf`, decoding reads keys and values there; under `cap_watts` a device's
-    clock falls for products and prompts (decoding's attention waits for memory). Raises NarrowsError for a
-    model that keeps no cache.
+    each sequence in it. `most_rows` and `most_sequences` bound the tables. What changes a step does so in this order: under
+    `cap_watts` a device's clock falls for products and prompts (decoding's attention waits for memory); with a `shelf`,
+    decoding reads keys and values there; with `overlap`, what can run side by side does, in steps that it makes shorter.
+    Raises NarrowsError for a model that keeps no cache.
     """
 
+    taken = 1.0  # tokens that a step gives in the mean: all times are of one
     _brings = 1  # rows of a sequence that decodes
 
     def __init__(self, graph: Graph, machine: Machine, devices: int = 1, most_rows: int = 8192, most_sequences: int = 256,
@@ -111,25 +122,33 @@ class StepTimes:
         self._each = round(sequence_seconds * PS)
         self._points = _grid(max(most_rows + most_sequences, 2))
         points = np.array(self._points, float)[:, None]
-        sizes = Step.decode(points, 1)
         started = float(_spent(mixers, Step.decode(1, 1), machine)[1])
-        whole, sent = self._parts(rows, sizes, started)
-        self._rows, self._sent = self._whole(whole), self._whole(sent)
-        if cap_watts:
-            slowed = self._whole(whole * slower(rows, sizes, machine, cap_watts))
-            self._held = [slow - row for slow, row in zip(slowed, self._rows, strict=True)]
-            self._rows = slowed
-        if overlap:
-            each, wire = self._parts(rows, Step.decode(np.ceil(points / overlap.parts), 1), started)
-            beside = self._whole((each - wire) * overlap.parts + wire * overlap.parts * overlap.network)
-            self._rows = [min(pair) for pair in zip(self._rows, beside, strict=True)]
-            self._more = [b - r for b, r in zip(beside, self._rows, strict=True)]
-            self._beside: dict[tuple[int, int], tuple[list[int], list[Segment]]] = {}
-        self._outputs, _ = (self._whole(t) for t in self._parts(outputs, sizes, 0.0))
+        tables = self._row_tables(rows, points, started, cap_watts)
+        self._rows, self._more, self._sent = (table.tolist() for table in tables)
+        self._held = (tables[0] - self._row_tables(rows, points, started, 0.0)[0]).tolist() if cap_watts else []
+        self._beside: dict[tuple[int, int], tuple[list[int], list[Segment]]] = {}
+        self._outputs = self._whole(self._parts(outputs, Step.decode(points, 1), 0.0)[0]).tolist()
         self._decoding: dict[int, tuple[list[int], list[Segment]]] = {}
         self._fixed: dict[int, int] = {}  # of a step of so many that decode: all but attention
         self._prompt_rows = [p for p in _grid(max(most_rows, 2), 64) if p <= max(most_rows, 2)]
         self._prompts, self._prompts_held = self._prompt_tables()
+
+    def _row_tables(self, ops: list[Op], points: _Numbers, started: float, cap_watts: float) -> tuple[_Whole, _Whole, _Whole]:
+        """(rows, what cutting such a step in parts adds to them, the collectives in rows) in picoseconds, at points."""
+        step, overlap = Step.decode(points, 1), self._overlap
+        seconds, sent = self._parts(ops, step, started)
+        if cap_watts:
+            seconds = seconds * slower(ops, step, self._machine, cap_watts)
+        whole, wire = self._whole(seconds), self._whole(sent)
+        if not overlap:
+            return whole, 0 * whole, wire
+        step = Step.decode(np.ceil(points / overlap.parts), 1)
+        seconds, sent = self._parts(ops, step, started)
+        if cap_watts:  # reading caches beside products may take all the bandwidth, and draws for it
+            seconds = seconds * slower(ops, step, self._machine, cap_watts, beside=1.0)
+        seen = sent * overlap.parts * overlap.network
+        cut = self._whole((seconds - sent) * overlap.parts + seen)
+        return np.minimum(whole, cut), np.maximum(cut - whole, 0), np.where(cut < whole, self._whole(seen), wire)
 
     def _parts(self, ops: list[Op], step: Step, more: float) -> tuple[Any, Any]:
         """(all seconds, those of collectives) of ops over the points of a step."""
@@ -137,8 +156,8 @@ class StepTimes:
         whole = sum((op_time(op, step, self._machine).seconds for op in ops), np.zeros(step["tokens"].shape) + more)  # type: ignore[union-attr]
         return whole, sum((op_time(op, step, self._machine).seconds for op in sent), np.zeros(step["tokens"].shape))  # type: ignore[union-attr]
 
-    def _whole(self, seconds: NDArray[np.float64]) -> list[int]:
-        return [int(v) for v in np.rint(seconds * self._factor * PS)]
+    def _whole(self, seconds: _Numbers) -> _Whole:
+        return np.rint(seconds * self._factor * PS).astype(np.int64)
 
     def _prompt_tables(self) -> tuple[_Table, _Table]:
         """Picoseconds per token of attention for pieces of n tokens after p: rows p, columns n. Nearly linear in both.
@@ -172,9 +191,9 @@ class StepTimes:
         """The collectives within `rows`."""
         return self._at(self._sent, rows)
 
-    def host(self, sequences: int) -> int:
-        """The engine's own time of a step."""
-        return self._step + self._each * sequences
+    def host(self, decoding: int, pieces: int = 0) -> int:
+        """The engine's own time of a step in which so many sequences decode, beside pieces of prompts."""
+        return self._step + self._each * (decoding + pieces)
 
     def _at(self, table: list[int], rows: int) -> int:
         if 0 < rows <= _DENSE:
@@ -195,6 +214,10 @@ class StepTimes:
     def held(self, rows: int) -> int:
         """What a power cap adds to `rows`."""
         return self._at(self._held, rows) if self.capped and rows else 0
+
+    def held_reading(self, tokens: int, decoding: int) -> int:
+        """What a power cap adds to `reading`."""
+        return max(self.held(tokens + decoding) - self.held(decoding), 0)
 
     def held_prompt(self, new: int, past: int) -> int:
         """What a power cap adds to `prompt`."""
@@ -220,7 +243,8 @@ class StepTimes:
         starts, segments = self._decoding[sequences]
         if self._overlap:
             if (sequences, rows) not in self._beside:
-                self._beside[sequences, rows] = self._hidden(segments, rows, self._overlap.memory)
+                share = 0.0 if self._shelf else self._overlap.memory  # drives take no units of the device
+                self._beside[sequences, rows] = self._hidden(segments, rows, share)
             starts, segments = self._beside[sequences, rows]
         return segments[bisect_right(starts, context) - 1]
 

@@ -13,20 +13,25 @@ from functools import cache
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from narrows.errors import NarrowsError, closest
-from narrows.simulate.requests import Request
+from narrows.simulate.requests import Request, chained
 from narrows.simulate.step_times import PS
 
 LARGEST = 10**9  # tokens of a prompt or an answer
-FORMATS = "Azure (TIMESTAMP,ContextTokens,GeneratedTokens), Mooncake (timestamp in ms, input_length, output_length, hash_ids) "\
-          "and vLLM requests (arrival_time, input_toks, output_toks)"  # fmt: skip
+FORMATS = (
+    "Azure (TIMESTAMP,ContextTokens,GeneratedTokens), Mooncake (timestamp in ms, input_length, output_length, hash_ids) "
+    "and vLLM requests (arrival_time, input_toks, output_toks); JSONL may also have n (answers), and session, turn, think"
+)
 
 
 def read(path: Path | str) -> Iterator[Request]:
     """The requests of a trace, in the order of the file, the first at 0: Azure CSV, Mooncake JSONL or vLLM JSONL.
 
+    In JSONL `n` is how many answers of that length a prompt gets. Rows with a `session` are its turns, one under the
+    other; `turn` counts from 1. The first has an arrival, each other one its `think` seconds after the answer before, and
+    the length of the whole talk so far with its new words.
     Raises NarrowsError, naming the line, for a file of another form, for a length that is no whole number above 0 and for
     an arrival that is negative, no number, or before the one above it.
     """
@@ -41,26 +46,55 @@ def read(path: Path | str) -> Iterator[Request]:
 
 def _requests(path: Path) -> Iterator[Request]:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        first = file.readline()
+        head = file.readline()
         file.seek(0)
-        rows = _json_rows(file, path) if first.lstrip().startswith("{") else _csv_rows(file, path)
-        start = last = None
-        for line, seconds, prompt, output, hashes, name in rows:
-            at = f"{path}, line {line}"
-            sizes = [_whole(value, at, what) for value, what in ((prompt, "prompt tokens"), (output, "output tokens"))]
-            if not 0 <= seconds < math.inf:
-                raise NarrowsError(f"it arrives at {seconds:g}.", where=at, remedy="Give seconds from 0, or a date.")
-            if start is None:
-                start = seconds
-            if last is not None and seconds < last:
-                raise NarrowsError(f"it arrives {last - seconds:g} s before the line above.", where=at, remedy="Sort by arrival.")
-            last = seconds
-            yield Request(round((seconds - start) * PS), sizes[0], sizes[1], hashes, name)
+        rows = _json_rows(file, path) if head.lstrip().startswith("{") else _csv_rows(file, path)
+        start = last = opened = None
+        turns: list[Request] = []  # of the session that is being read
+        sessions = 0
+        for row in rows:
+            at = f"{path}, line {row.line}"
+            if not 0 <= row.seconds < math.inf:
+                raise NarrowsError(f"it arrives at {row.seconds:g}.", where=at, remedy="Give seconds from 0, or a date.")
+            prompt, output = (_whole(v, at, what) for v, what in ((row.prompt, "prompt tokens"), (row.output, "output tokens")))
+            also = (output,) * (_whole(row.answers, at, "answers") - 1)
+            if row.turn != 1:
+                if not turns or row.session != opened or row.turn != len(turns) + 1:
+                    raise NarrowsError(f"turn {row.turn!r} of session {row.session!r} does not follow the one before.", where=at,
+                                       remedy="Write the turns of a session one under the other, from 1.")  # fmt: skip
+                if prompt <= turns[-1].prompt + turns[-1].output:
+                    raise NarrowsError(f"its prompt of {prompt} tokens has no new words after the talk so far.", where=at,
+                                       remedy="Count the prompts and answers before it, too.")  # fmt: skip
+                turns.append(Request(round(row.seconds * PS), prompt, output, row.hashes, row.name, also=also))
+                continue
+            if turns:
+                yield chained(sessions, turns)
+            if last is not None and row.seconds < last:
+                raise NarrowsError(f"it arrives {last - row.seconds:g} s before the line above.", where=at,
+                                   remedy="Sort by arrival.")  # fmt: skip
+            last, start = row.seconds, row.seconds if start is None else start
+            first = Request(round((last - start) * PS), prompt, output, row.hashes, row.name, also=also)
+            if row.session is None:
+                turns = []
+                yield first
+            else:
+                sessions, opened, turns = sessions + 1, row.session, [first]
+        if turns:
+            yield chained(sessions, turns)
         if start is None:
             raise NarrowsError("it has no requests.", where=str(path), remedy=f"Give a trace: {FORMATS}.")
 
 
-_Row = tuple[int, float, Any, Any, tuple[int, ...], str]
+class _Row(NamedTuple):
+    line: int
+    seconds: float  # of its arrival, or for a later turn after the answer before
+    prompt: Any
+    output: Any
+    hashes: tuple[int, ...] = ()
+    name: str = ""
+    answers: Any = 1
+    session: Any = None
+    turn: Any = 1
 
 
 def _csv_rows(file: Iterable[str], path: Path) -> Iterator[_Row]:
@@ -70,7 +104,7 @@ def _csv_rows(file: Iterable[str], path: Path) -> Iterator[_Row]:
     if missing:
         raise NarrowsError(f"it lacks the columns {', '.join(sorted(missing))}.", where=str(path), remedy=f"Give {FORMATS}.")
     for line, row in enumerate(rows, 2):
-        yield line, _moment(row["TIMESTAMP"], f"{path}, line {line}"), row["ContextTokens"], row["GeneratedTokens"], (), ""
+        yield _Row(line, _moment(row["TIMESTAMP"], f"{path}, line {line}"), row["ContextTokens"], row["GeneratedTokens"])
 
 
 def _moment(text: str | None, at: str) -> float:
@@ -101,16 +135,24 @@ def _json_rows(file: Iterable[str], path: Path) -> Iterator[_Row]:
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise NarrowsError(f"it is not JSON ({error.msg}).", where=at, remedy="Give one object a line.") from error
-        form = next((f for f in _FIELDS if isinstance(row, dict) and {f[0], f[2], f[3]} <= row.keys()), None)
-        if form is None:
+        form = next((f for f in _FIELDS if isinstance(row, dict) and {f[2], f[3]} <= row.keys()), None)
+        later = form is not None and row.get("session") is not None and row.get("turn", 1) != 1
+        if form is None or (form[0] not in row and not later):
             raise NarrowsError("it has not the fields of a trace.", where=at, remedy=f"Give {FORMATS}.")
         moment, unit, prompt, output = form
-        if isinstance(row[moment], bool) or not isinstance(row[moment], int | float) or not abs(row[moment]) < 1e18:
-            raise NarrowsError(f"{moment} is {row[moment]!r}.", where=at, remedy="Give a number.")
+        seconds = _number(row, "think", at) if later else _number(row, moment, at) * unit
         hashes = row.get("hash_ids", [])
         if not isinstance(hashes, list) or not all(isinstance(name, int) for name in hashes):
             raise NarrowsError("its hash_ids are no list of whole numbers.", where=at, remedy="Leave them out, or mend them.")
-        yield line, float(row[moment]) * unit, row[prompt], row[output], tuple(hashes), str(row.get("request_id", ""))
+        yield _Row(line, seconds, row[prompt], row[output], tuple(hashes), str(row.get("request_id", "")), row.get("n", 1),
+                   row.get("session"), row["turn"] if later else 1)  # fmt: skip
+
+
+def _number(row: dict[str, Any], name: str, at: str) -> float:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e18:
+        raise NarrowsError(f"{name} is {value!r}.", where=at, remedy="Give a number.")
+    return float(value)
 
 
 def _whole(value: Any, at: str, what: str) -> int:
@@ -141,22 +183,26 @@ class Lengths:
         return cls(means[0], means[1], spreads[0], spreads[1])
 
 
-def generate(rate: float, count: int, lengths: Lengths, seed: int = 0, burst: float = 1.0) -> Iterator[Request]:
+def generate(rate: float, count: int, lengths: Lengths, seed: int = 0, burst: float = 1.0, answers: int = 1) -> Iterator[Request]:
     """So many requests at `rate` per second, gaps gamma distributed with coefficient of variation `burst` (1: Poisson; 0: even).
 
-    The same seed gives the same requests.
+    Each has so many answers. The same seed gives the same requests.
     """
+    if answers < 1:
+        raise NarrowsError(f"{answers} answers.", where="--answers", remedy="Give 1 or more.")
     if not rate > 0:
         raise NarrowsError(f"{rate} is no rate.", where="--rate", remedy="Give requests per second, above 0.")
     draw, now = random.Random(seed), 0.0
     shape = 1 / burst**2 if burst else 0.0
     for _ in range(count):
-        yield Request(round(now * PS), _length(draw, lengths.prompt, lengths.prompt_spread),
-                      _length(draw, lengths.output, lengths.output_spread))  # fmt: skip
+        prompt = draw_length(draw, lengths.prompt, lengths.prompt_spread)
+        first, *also = (draw_length(draw, lengths.output, lengths.output_spread) for _ in range(answers))
+        yield Request(round(now * PS), prompt, first, also=tuple(also))
         now += draw.gammavariate(shape, 1 / (rate * shape)) if shape else 1 / rate
 
 
-def _length(draw: random.Random, mean: float, spread: float) -> int:
+def draw_length(draw: random.Random, mean: float, spread: float) -> int:
+    """A whole number from 1, log-normal with a mean and a coefficient of variation."""
     if not spread:
         return max(1, round(mean))
     variance = math.log(1 + spread**2)
@@ -168,7 +214,8 @@ def _loads() -> dict[str, dict[str, Any]]:
     return tomllib.loads(files("narrows.data").joinpath("loads.toml").read_text("utf-8"))
 
 
-def _bundled(name: str) -> dict[str, Any]:
+def bundled(name: str) -> dict[str, Any]:
+    """The figures of a load of data/loads.toml; raises NarrowsError for a name that is not there."""
     if name not in _loads():
         raise NarrowsError(f"no load is called {name!r}.", where="--load", remedy=closest(name, loads()))
     return _loads()[name]
@@ -181,17 +228,17 @@ def loads() -> list[str]:
 
 def mean_rate(name: str) -> float:
     """Requests per second of a bundled load; raises NarrowsError for a name that is not bundled."""
-    return float(_bundled(name)["rate"])
+    return float(bundled(name)["rate"])
 
 
-def like(name: str, count: int = 0, rate: float = 0.0, seed: int = 0) -> Iterator[Request]:
+def like(name: str, count: int = 0, rate: float = 0.0, seed: int = 0, answers: int = 1) -> Iterator[Request]:
     """Requests as in a recorded trace by its mean rate, its burst and its lengths; 0: as many, and as often, as there.
 
     Raises NarrowsError for a name that is not bundled.
     """
-    c = _bundled(name)
+    c = bundled(name)
     lengths = Lengths(c["prompt"], c["output"], c["prompt_spread"], c["output_spread"])
-    return generate(rate or c["rate"], count or c["requests"], lengths, seed, c["burst"])
+    return generate(rate or c["rate"], count or c["requests"], lengths, seed, c["burst"], answers)
 
 
 DAY = 86400.0  # seconds

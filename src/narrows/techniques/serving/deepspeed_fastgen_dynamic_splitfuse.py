@@ -68,8 +68,8 @@ class DynamicSplitFuse(Serves):
     def size(self, demand: Demand) -> int:
         """Tokens of a step: the fewest of SIZES that reach the share of the throughput of a step of LARGEST."""
         times = replace(demand.group, rules=replace(demand.group.rules, max_tokens=LARGEST)).times()
-        best = LARGEST / times.rows(LARGEST)
-        return next((n for n in SIZES if n / times.rows(n) >= self.saturated * best), SIZES[-1])
+        best = LARGEST / times.reading(LARGEST, 0)
+        return next((n for n in SIZES if n / times.reading(n, 0) >= self.saturated * best), SIZES[-1])
 
     def deploy(self, demand: Demand) -> Deployment:
         """The same replicas, with steps of one size."""

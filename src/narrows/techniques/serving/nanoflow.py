@@ -85,4 +85,5 @@ def _full_step(group: Group, demand: Demand) -> int:
     """Picoseconds of a step of which half the tokens are of sequences that decode, before what is the same in parts."""
     times, context = group.times(), sum(r.prompt + r.output // 2 for r in demand.requests) // len(demand.requests)
     segment = times.decoding(STEP // 2, STEP // 2 * context, STEP)
-    return times.rows(STEP) + segment.base + segment.slope * (STEP // 2 * context - segment.start)
+    rows = times.rows(STEP // 2) + times.reading(STEP // 2, STEP // 2)
+    return rows + segment.base + segment.slope * (STEP // 2 * context - segment.start)

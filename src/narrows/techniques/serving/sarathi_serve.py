@@ -71,11 +71,13 @@ class SarathiServe(Serves):
         group, requests = demand.group, demand.requests
         prompt = sum(r.prompt for r in requests) // len(requests)
         length = prompt + sum(r.output for r in requests) // len(requests)
-        rules, times = group.rules, group.times()
+        rules = group.rules
+        times = replace(group, rules=replace(rules, max_tokens=max(BUDGETS))).times()
         decoding = max(1, min(rules.max_sequences, tokens // 2, group.room() * rules.block // length))
         context = decoding * (prompt + length) // 2
         segment = times.decoding(decoding, context, tokens)
-        took = times.rows(tokens) + times.outputs(decoding + 1) + times.host(decoding + 1)
+        took = times.rows(decoding) + times.reading(tokens - decoding, decoding)
+        took += times.outputs(decoding) + times.ending(1, decoding) + times.host(decoding, 1)
         took += segment.base + segment.slope * (context - segment.start) + times.prompt(tokens - decoding, prompt // 2)
         return took / PS
 
