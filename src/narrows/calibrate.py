@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import numpy as np
 
 from narrows import probes
 from narrows.cost import Cost, cost
-from narrows.costmodel import op_time, peak, useful
+from narrows.costmodel import dispatch_seconds, op_time, peak, useful
 from narrows.errors import NarrowsError, require
+from narrows.gain import parts
 from narrows.graph import BF16, FP32, Op
 from narrows.machine import Machine, Memory
-from narrows.probes import Probe
+from narrows.probes import Probe, graph_of
+from narrows.staging import home
 from narrows.step import Step
 
 Progress = Callable[[str], None]
@@ -158,6 +160,8 @@ def measured(bench: Bench, progress: Progress = lambda _: None) -> Machine:
     if bench.kind == "cpu":  # torch multiplies packed weights on CPUs alone
         formats |= {f"int{bits}-{act.name}": timed(probes.products(act, where, bits)) for bits in (8, 4) for act in ACTS}
     found: Efficiency = {"memory": _spread([_streamed(machine, *copied[0])])}
+    found |= {f"dispatch-matmul-{name}": _dispatch(machine, times) for name, times in formats.items()}
+    machine = replace(machine, efficiency=found)
     for name, times in formats.items():
         found |= _of_products(machine, name, times)
     for act in ACTS:
@@ -169,19 +173,43 @@ def measured(bench: Bench, progress: Progress = lambda _: None) -> Machine:
         for depthwise in (False, True):
             arithmetic = f"matmul-conv{'-depthwise' * depthwise}-{form}"
             memory = f"memory-{form}-{form}-{'depthwise' if depthwise else 'conv'}"
-            found[arithmetic], found[memory] = _roofline(machine, timed(probes.convolutions(act, where, depthwise)))
+            smallest, *others = timed(probes.convolutions(act, where, depthwise))
+            found[f"dispatch-{arithmetic}"] = dispatch = _share(machine, smallest[1])
+            starting = replace(machine, efficiency={**machine.efficiency, f"dispatch-{arithmetic}": dispatch})
+            found[arithmetic], found[memory] = _roofline(starting, others)
     machine = _judged(replace(machine, efficiency=found), timed(probes.networks(where)))
     source = f"measured by narrows calibrate on {bench.title}, torch {version('torch')}"
     return replace(machine, sources=dict.fromkeys(machine.figures(), source))
 
 
 def _judged(machine: Machine, whole: Times) -> Machine:
-    """The machine fitted to whole steps, and how far off it is on each when fitted to the others alone."""
+    """The machine fitted to whole steps, and how far off it is on each when fitted to the others alone: on its time
+    (`step`), and on how much faster it is than the same step in another format (`gain`)."""
     off = []
     for i, (probe, seconds) in enumerate(whole):
         off.append(seconds / predicted(probe, _in_networks(machine, whole[:i] + whole[i + 1 :])))
     fitted = _in_networks(machine, whole)
-    return replace(fitted, efficiency={**fitted.efficiency, "step": interval(off)})
+    known = {"step": interval(off), "gain": _gains(fitted, [probe for probe, _ in whole], np.log(off))}
+    return replace(fitted, efficiency={**fitted.efficiency, **{name: found for name, found in known.items() if found}})
+
+
+def _gains(machine: Machine, whole: Sequence[Probe], off: Any) -> dict[str, float]:
+    """The interval that every constant would need for four of five gains to lie inside theirs (see `gain`).
+
+    A gain is that of a step over the same one in another format; nothing where there are no two such steps. Pairs of three
+    formats share an error, so that steps rather than pairs are what the spread is known from.
+    """
+    alike = replace(machine, efficiency={**machine.efficiency, "gain": {"median": 1.0, "low": 1 / math.e, "high": math.e}})
+    made = [parts(graph_of(probe), alike, probe.step) for probe in whole]
+    errors, steps = [], set[int]()
+    for i, j in combinations(range(len(whole)), 2):
+        if whole[i].network == whole[j].network and whole[i].step == whole[j].step:
+            errors.append((off[i] - off[j]) / made[i].distance(made[j]))
+            steps |= {i, j}
+    if len(errors) < 2:
+        return {}
+    half = _half_width(len(steps) // 2 + 1) * math.sqrt(float(np.mean(np.square(errors))))
+    return {"median": 1.0, "low": math.exp(-half), "high": math.exp(half)}
 
 
 def _in_networks(machine: Machine, whole: Times) -> Machine:
@@ -270,8 +298,9 @@ def _written(op: Op) -> float:
 
 
 def _busy(machine: Machine, probe: Probe, seconds: float) -> float:
-    """Seconds without what a kernel costs that has nothing to do."""
-    return max(seconds - machine.kernel_seconds * float(_work(probe).launches), seconds / 2)
+    """Seconds without what a kernel of this class costs that has nothing to do."""
+    each = machine.kernel_seconds + dispatch_seconds(probe.op, machine)
+    return max(seconds - each * float(_work(probe).launches), seconds / 2)
 
 
 def _computed(machine: Machine, probe: Probe, seconds: float) -> float:
@@ -286,13 +315,27 @@ def _streamed(machine: Machine, probe: Probe, seconds: float) -> float:
     return _moved(probe) / machine.memory.bandwidth_bytes_per_s / _busy(machine, probe, seconds)
 
 
+def _dispatch(machine: Machine, times: Times) -> dict[str, float]:
+    """The share of a product's fixed time that the smallest kernel needs: what the bytes of a small matrix do not explain,
+    at the rate of a large one of as many inputs."""
+    (small, fast), (large, slow) = (next(t for t in times if (t[0].op["inputs"], t[0].op["outputs"]) == shape)
+                                    for shape in probes.STREAMED[:2])  # fmt: skip
+    fixed = fast - _moved(small) * (slow - fast) / (_moved(large) - _moved(small))
+    return _share(machine, fixed)
+
+
+def _share(machine: Machine, fixed: float) -> dict[str, float]:
+    """What the smallest kernel takes of the fixed time of another."""
+    return _spread([min(machine.kernel_seconds / max(fixed, 1e-12), 1.0)])
+
+
 def _of_products(machine: Machine, name: str, times: Times) -> Efficiency:
-    """Bandwidth by the size of the matrix, from one row, and arithmetic by rows, where more rows take longer than one."""
+    """Bandwidth by inputs, from one row, and arithmetic by rows, where more rows take longer than one."""
     single = {(p.op["inputs"], p.op["outputs"]): seconds for p, seconds in times if p.op["rows"] == 1}
     bound = [(p, t) for p, t in times if p.op["rows"] == max(probes.ROWS) or t > 1.2 * single[p.op["inputs"], p.op["outputs"]]]
     alone = [(p, t) for p, t in times if p.op["rows"] == 1]
     return {
-        **_by_size(f"memory-{name}", alone, machine, _streamed, lambda op: op.stored_bytes),
+        **_by_size(f"memory-{name}", alone, machine, _streamed, lambda op: op["inputs"]),
         **_by_size(f"matmul-{name}", bound, machine, _computed, lambda op: op["rows"]),
     }
 
@@ -322,10 +365,15 @@ def _roofline(machine: Machine, times: Times) -> tuple[dict[str, float], dict[st
 def interval(off: Sequence[float]) -> dict[str, float]:
     """Where a further step's measured / predicted lies in 80 % of cases, if its logarithm is normal: Student's t of n - 1."""
     logs = np.log(off)
-    n, z = len(logs), 1.2816
-    width = (z + (z**3 + z) / (4 * (n - 1))) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / n)
+    width = _half_width(len(logs)) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / len(logs))
     center = float(logs.mean())
     return {"median": math.exp(center), "low": math.exp(center - width), "high": math.exp(center + width)}
+
+
+def _half_width(n: int) -> float:
+    """Standard deviations on either side of the mean that hold 80 % of Student's t of n - 1."""
+    z = 1.2816
+    return z + (z**3 + z) / (4 * (n - 1))
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -342,8 +390,8 @@ def _cpu_name() -> str:
 
 
 def here_file() -> Path:
-    """Where the calibrated machine of this computer is kept between runs (`NARROWS_HOME`, by default ~/.cache/narrows)."""
-    return Path(os.environ.get("NARROWS_HOME", Path.home() / ".cache" / "narrows")) / "here.toml"
+    """Where the calibrated machine of this computer is kept between runs."""
+    return home() / "here.toml"
 
 
 def keep(found: Machine, file: Path) -> None:
@@ -357,12 +405,17 @@ def keep(found: Machine, file: Path) -> None:
 
 
 def here(progress: Progress = lambda _: None) -> Machine:
-    """This machine, from the file that an earlier calibration left, or calibrated now and kept."""
+    """This machine, from the file that an earlier calibration left, or calibrated now and kept.
+
+    A file by a calibration that did not judge gains yet is made anew: its bandwidths are by other sizes.
+    """
     from narrows.machine import machine
 
     file = here_file()
     if file.is_file():
-        return machine(file)
+        kept = machine(file)
+        if "gain" in kept.efficiency or "step" not in kept.efficiency:
+            return kept
     found = calibrate(progress)
     keep(found, file)
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from narrows.cost import Cost, cost_of
+from narrows.cost import CAUSES, Cost, Limit, cost_of
 from narrows.graph import FP16, DType, Op, Size
 from narrows.kinds import COLLECTIVES
 from narrows.machine import Machine
@@ -183,7 +183,7 @@ def op_time(op: Op, step: Step, machine: Machine, eager: bool = False) -> OpTime
         return OpTime({}, 0.0, 0.0)
     dims = op.sized(step)
     work = cost_of(op, dims, eager, step.serves)
-    asked, (compute, memory, link) = _asked(op, dims, work, machine, eager), constants(op, machine, dims, work)
+    asked, (compute, memory, link) = _asked(op, dims, work, machine, eager), constants(op, machine, dims, work, eager)
     ideal, used = asked.ideal, asked.used
     traffic = {
         "weights": work.weight_bytes,
@@ -228,7 +228,7 @@ def seconds_of(op: Op, dims: dict[str, Any], machine: Machine, eager: bool = Fal
     if op.kind == "checkpoint":
         return 0.0
     work = cost_of(op, dims, eager, serves)
-    compute, memory, link = constants(op, machine, dims, work)
+    compute, memory, link = constants(op, machine, dims, work, eager)
     return _asked(op, dims, work, machine, eager).at(compute.median, memory.median, link.median)[3]  # type: ignore[no-any-return]
 
 
@@ -253,7 +253,7 @@ class _Asked:
 
 def _asked(op: Op, dims: dict[str, Any], work: Cost, machine: Machine, eager: bool) -> _Asked:
     sent, latency = _wire(op, dims, work, machine, eager)
-    floor, fixed = _launch(work, machine, eager)
+    floor, fixed = _launch(op, work, machine, eager)
     moved = (work.read_bytes + work.write_bytes) / machine.memory.bandwidth_bytes_per_s
     return _Asked(work.flop / peak(op, machine), useful(op, dims, machine), moved, sent, latency, fixed, floor)
 
@@ -263,19 +263,33 @@ def peak(op: Op, machine: Machine) -> float:
     return machine.peak(op.compute or op.act.name) if op.spec.matmul else machine.peak("fp32")
 
 
-def constants(op: Op, machine: Machine, dims: Mapping[str, Any], work: Cost) -> tuple[Achieved, Achieved, Achieved]:
+def constants(
+    op: Op, machine: Machine, dims: Mapping[str, Any], work: Cost, eager: bool = False
+) -> tuple[Achieved, Achieved, Achieved]:
     """What an op's class of kernel reaches of the peak in arithmetic, of the memory's bandwidth and of the link's.
 
     A collective asks for nothing but the link, and nothing else for it: what is not asked for is 1.
     """
     if op.kind in COLLECTIVES:
         return UNASKED, UNASKED, achieved(machine, wired(machine))
-    formats = f"-{_name(op.weight or op.act)}-{_name(op.act)}"
     return (
-        achieved_at(machine, _class(op) + formats, _rows(op, dims)),
-        achieved_at(machine, _stream(op, formats), _bytes_at_once(op, work)),
+        achieved_at(machine, _class(op) + _formats(op), _rows(op, dims)),
+        achieved_at(machine, _stream(op, eager), _stream_size(op, dims, work)),
         UNASKED,
     )
+
+
+def rests_on(op: Op, cause: str, machine: Machine, eager: bool = False) -> str:
+    """The name of the constant by which the cost model comes from an op to the seconds of a cause in its ledger."""
+    match CAUSES[cause]:
+        case Limit.COMPUTE:
+            return _class(op) + _formats(op)
+        case Limit.BANDWIDTH:
+            return _stream(op, eager)
+        case Limit.COMMUNICATION:
+            return wired(machine)
+        case other:
+            return other.value
 
 
 def wired(machine: Machine) -> str:
@@ -306,11 +320,16 @@ def _rows(op: Op, dims: Mapping[str, Any]) -> Any:
     return dims["rows"] / dims["matrices"] if op.kind in ("linear", "matmul") else 1.0
 
 
-def _bytes_at_once(op: Op, work: Cost) -> Any:
-    """The bytes that one kernel streams: of its matrix where it has one, else of its result."""
-    if op.weight and op.spec.matmul:
-        return op.stored_bytes
+def _stream_size(op: Op, dims: Mapping[str, Any], work: Cost) -> Any:
+    """The size that a stream's speed depends on: the inputs that a row of weights holds, else the bytes that a kernel writes."""
+    if op.weight and op.spec.matmul and "inputs" in dims:
+        return dims["inputs"]
     return work.write_bytes / (op.repeat * max(op.kernels, 1))
+
+
+def _formats(op: Op) -> str:
+    """The formats of weights and activations, as they end the name of a class of kernel."""
+    return f"-{_name(op.weight or op.act)}-{_name(op.act)}"
 
 
 def _name(dtype: DType) -> str:
@@ -318,14 +337,14 @@ def _name(dtype: DType) -> str:
     return "bf16" if dtype == FP16 else "int4" if dtype.name == "csl" else dtype.name
 
 
-def _stream(op: Op, formats: str) -> str:
+def _stream(op: Op, eager: bool) -> str:
     """Which kernel's share of the memory bandwidth counts: weights are streamed, norms and pointwise ops have their own."""
     if op.kind == "conv":
-        return f"memory{formats}-{'depthwise' if _depthwise(op) else 'conv'}"
+        return f"memory{_formats(op)}-{'depthwise' if _depthwise(op) else 'conv'}"
     if op.spec.matmul or op.kind == "embedding":
-        return "memory" + formats if op.weight else "memory"
-    if op.kind != "norm":
-        return "memory-pointwise" + formats
+        return "memory" + _formats(op) if op.weight else "memory"
+    if op.kind != "norm" or (eager and op.kernels > 1):  # then each of its steps is a pointwise kernel
+        return "memory-pointwise" + _formats(op)
     width = op["width"]
     wide = "-wide" if not isinstance(width, Size) and width > WIDE else ""
     return f"memory-norm{wide}-{_name(op.act)}"
@@ -376,14 +395,25 @@ def _attention_use(dims: dict[str, Any], machine: Machine) -> Any:
     return wide / (wide + 2 * head) * met / (met + keys)
 
 
-def _launch(work: Cost, machine: Machine, eager: bool) -> tuple[Any, Any]:
+def _launch(op: Op, work: Cost, machine: Machine, eager: bool) -> tuple[Any, Any]:
     """Seconds that the host needs for the op's launches where it launches each, and the fixed device time of its kernels."""
     start = work.launches * machine.kernel_seconds * achieved(machine, "kernel").median
     if machine.kind == "cpu":
-        return 0.0, work.launches * machine.launch_seconds
+        return 0.0, work.launches * (machine.launch_seconds + dispatch_seconds(op, machine))
     return (
         work.launches * machine.launch_seconds * achieved(machine, "launch").median if eager and machine.kind == "gpu" else 0.0
-    ), start
+    ), start + work.launches * dispatch_seconds(op, machine)
+
+
+def dispatch_seconds(op: Op, machine: Machine) -> float:
+    """What a kernel of the op's class costs before its work, beyond what the smallest kernel does: choosing code, copying.
+
+    `dispatch-matmul-bf16` is the share of it that the smallest kernel (`kernel_seconds`) would need.
+    """
+    if not machine.efficiency:  # only a calibration tells it
+        return 0.0
+    share = achieved(machine, f"dispatch-{_class(op)}{_formats(op)}").median
+    return float(machine.kernel_seconds * max(1 / share - 1, 0.0))
 
 
 # messages one after another in a ring of `ranks`; small messages of an all-reduce go up and down a tree instead

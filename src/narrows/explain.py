@@ -274,7 +274,8 @@ def _explained(entry: OpDiagnosis, d: Diagnosis) -> str:
         "memory": (moved, machine.memory.bandwidth_bytes_per_s, "B"),
         "link": (float(work.link_bytes), wire.bandwidth_bytes_per_s if wire else 1.0, "B"),
     }
-    for (what, (amount, rate, unit)), reached in zip(rates.items(), constants(op, machine, op.sized(d.step), work), strict=True):
+    shares = constants(op, machine, op.sized(d.step), work, d.eager)
+    for (what, (amount, rate, unit)), reached in zip(rates.items(), shares, strict=True):
         if amount:
             shown = format_flop(amount) if unit == "FLOP" else format_bytes(amount)
             lines.append((what, f"{shown} / {format_rate(rate, unit)} = {format_seconds(amount / rate)} at the datasheet's peak"))

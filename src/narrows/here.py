@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from narrows.calibrate import cpu_seconds
 from narrows.capture.torch import from_module
 from narrows.diagnose import seconds
 from narrows.errors import NarrowsError
+from narrows.gain import Parts, gain, parts
 from narrows.machine import Machine
 from narrows.plan import Plan
 from narrows.step import Step
@@ -27,7 +28,10 @@ TOO_CLOSE = 0.05  # a ratio nearer to one than this is neither faster nor slower
 
 @dataclass(frozen=True)
 class Case:
-    """One model in one form at one kind of step: CPU seconds of a step, measured and predicted with its interval."""
+    """One model in one form at one kind of step: CPU seconds of a step, measured and predicted with its interval.
+
+    parts: what the prediction rests on (see `gain`).
+    """
 
     model: str
     plan: str
@@ -36,10 +40,16 @@ class Case:
     predicted: float
     low: float
     high: float
+    parts: Parts
 
     @property
     def error(self) -> float:
         return abs(self.predicted / self.measured - 1)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The case as plain data, without what its prediction rests on."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self) if f.name != "parts"}, "error": self.error}
 
 
 def measure(machine: Machine, progress: Callable[[str], None] = lambda _: None) -> tuple[list[Case], dict[str, str]]:
@@ -84,8 +94,10 @@ def _cases(
         model = plan.apply(model, [samples_batch()]) if plan.steps else model
         for label, step, run in runs(model):
             progress(f"{name} {text} {label}")
-            predicted, low, high = (float(end) for end in seconds(replace(from_module(model, step), eager=True), machine, step))  # type: ignore[arg-type]
-            found.append(Case(name, text, label, min(cpu_seconds(run, rounds=5, least=0.05)), predicted, low, high))
+            graph = replace(from_module(model, step), eager=True)
+            predicted, low, high = (float(end) for end in seconds(graph, machine, step))  # type: ignore[arg-type]
+            measured = min(cpu_seconds(run, rounds=5, least=0.05))
+            found.append(Case(name, text, label, measured, predicted, low, high, parts(graph, machine, step)))
     return found
 
 
@@ -147,8 +159,14 @@ def summary(cases: list[Case], absent: Mapping[str, str] | None = None) -> dict[
     `absent`: the models that were not measured, and why.
     """
     calls = right = 0
+    gains: list[dict[str, Any]] = []
     for a, b in itertools.combinations(cases, 2):
-        if (a.model, a.step) == (b.model, b.step) and abs(a.measured / b.measured - 1) > TOO_CLOSE:
+        if (a.model, a.step) != (b.model, b.step):
+            continue
+        predicted, low, high = gain(a.parts, b.parts)
+        gains.append({"model": a.model, "step": a.step, "before": a.plan, "after": b.plan, "measured": a.measured / b.measured,
+                      "predicted": predicted, "low": low, "high": high})  # fmt: skip
+        if abs(a.measured / b.measured - 1) > TOO_CLOSE:
             calls += 1
             right += (a.measured < b.measured) == (a.predicted < b.predicted)
     worst = max(cases, key=lambda c: c.error)
@@ -158,9 +176,11 @@ def summary(cases: list[Case], absent: Mapping[str, str] | None = None) -> dict[
         "covered": len(cases),
         "mape": statistics.fmean(c.error for c in cases),
         "median": statistics.median(c.error for c in cases),
-        "worst": {**asdict(worst), "error": worst.error},
+        "worst": worst.row,
         "coverage80": statistics.fmean(c.low <= c.measured <= c.high for c in cases),
         "faster_or_slower": {"cases": calls, "right": right},
+        "gains": gains,
+        "gains_coverage80": statistics.fmean(g["low"] <= g["measured"] <= g["high"] for g in gains) if gains else None,
         "absent": [{"model": model, "reason": reason} for model, reason in (absent or {}).items()],
-        "measurements": [{**asdict(c), "error": c.error} for c in cases],
+        "measurements": [c.row for c in cases],
     }

@@ -87,7 +87,8 @@ class Machine:
     device; `links` the scale-up link first, then the host link. `tile` is rows x columns of one matmul output tile.
     `launch_seconds` is the host's cost of one kernel in eager mode, `kernel_seconds` the device's fixed cost of one.
     `efficiency` holds, for "matmul" or "memory", the fraction of peak achieved: median, low (10 %) and high (90 %);
-    "matmul-at32" at 32 rows, between which it is interpolated; "step" is measured / predicted of whole steps instead.
+    "matmul-at32" at 32 rows, between which it is interpolated; "dispatch-matmul" is the share of its fixed time that the
+    smallest kernel needs; "step" is measured / predicted of whole steps instead, "gain" that of ratios of steps (see `gain`).
     `sources` names the origin of each of `figures()`. Figures that are not positive and finite raise NarrowsError.
     """
 

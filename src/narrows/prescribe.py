@@ -5,9 +5,10 @@ from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Any
 
-from narrows.diagnose import Diagnosis, diagnose, prepared, timed
+from narrows.diagnose import Diagnosis, diagnose, prepared
 from narrows.footprint import footprint
 from narrows.free import FREE
+from narrows.gain import gain, parts
 from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.own import OWN
@@ -15,7 +16,7 @@ from narrows.papers import papers
 from narrows.plan import Plan, Prepare, named
 from narrows.progress import Tell, silent
 from narrows.step import Step
-from narrows.technique import Described, No, Rewrites, Technique, Trains
+from narrows.technique import Described, No, Recovers, Rewrites, Technique, Trains
 from narrows.verify import known_quality
 
 WORTHWHILE = 1.02  # a predicted gain below this is within what no measurement here could tell from noise
@@ -91,20 +92,20 @@ def prescribe(
     def ready(changed: Graph) -> Graph:
         return prepared(changed, step, machine, devices, replicas)
 
-    base = tuple(float(t) for t in timed(ready(graph), machine, step))  # type: ignore[arg-type]
+    base = parts(ready(graph), machine, step)
     held = float(before.footprint.total_bytes)
 
     def predict(plan: Plan, free: float) -> Option:
         changed = plan.rewrite(graph, ready)
-        times = tuple(float(t) for t in timed(changed, machine, step))  # type: ignore[arg-type]
-        ratios = [a / b for a, b in zip(base, times, strict=True)]
+        times = parts(changed, machine, step)
+        ratio, *ends = gain(base, times)
         peak, known = footprint(changed, step), known_quality(plan)
         return Option(
             plan,
-            times[0],
-            ratios[0],
-            (min(ratios), max(ratios)),
-            free / times[0],
+            times.seconds,
+            ratio,
+            (ends[0], ends[1]),
+            free / times.seconds,
             held - float(peak.total_bytes),
             bool(peak.fits(machine)),
             all(t.card.exact for t in plan),
@@ -130,8 +131,8 @@ def prescribe(
         return bool(Plan(tuple(steps)).check(graph, machine, step, ready))
 
     frees = [(), *(c for n in (1, 2) for c in combinations(free_steps, n) if allowed(c))]
-    free = _ranked([predict(Plan(steps), base[0]) for steps in frees if steps])
-    best_free = min([base[0], *(o.seconds for o in free)])
+    free = _ranked([predict(Plan(steps), base.seconds) for steps in frees if steps])
+    best_free = min([base.seconds, *(o.seconds for o in free)])
 
     def best(*parts: Rewrites | Trains) -> Option | None:
         """The techniques together, with whatever is free if that makes them better."""
@@ -175,6 +176,8 @@ def _fitting(
         return No("described only: it has no code here yet")
     if not issubclass(found, Rewrites | Trains):
         return No("an analysis: it changes nothing")
+    if issubclass(found, Recovers):
+        return No("it speeds nothing up: written behind steps of a plan, it gives back quality that they cost")
     if step.phase not in found.card.phases:
         return No(f"it helps {' and '.join(found.card.phases)}, not {step.phase}")
     reason = No("")

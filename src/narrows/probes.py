@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from narrows.graph import BF16, FP32, DType, Graph, Op
@@ -17,6 +18,8 @@ Calls = Callable[[], Iterator[Callable[[], object]]]
 MATRICES = ((480, 480), (512, 1408), (1408, 512), (2048, 2048))
 PACKED = ((512, 1408), (2048, 2048))  # a group of 64 divides the inputs, a block of 64 the outputs
 ROWS = (1, 8, 32, 128, 512)
+# by one row alone: a matrix that is next to nothing, one with as many inputs that is not, and one of short rows
+STREAMED = ((512, 128), (512, 24_576), (192, 768))
 STREAM_BYTES = 200_000_000  # so many bytes are read in turn: far beyond any cache that one core may fill
 # (images, channels in, channels out, side of the image, side of the kernel, stride): what a ResNet consists of
 CONVOLUTIONS = ((1, 3, 64, 192, 7, 2), (1, 64, 64, 48, 3, 1), (1, 256, 256, 16, 3, 1), (4, 128, 128, 24, 3, 1),
@@ -24,6 +27,7 @@ CONVOLUTIONS = ((1, 3, 64, 192, 7, 2), (1, 64, 64, 48, 3, 1), (1, 256, 256, 16, 
                 (2, 160, 24, 48, 1, 1), (2, 24, 160, 48, 1, 1))  # fmt: skip
 DEPTHWISE = ((1, 96, 96, 96, 3, 2), (1, 240, 240, 24, 5, 1), (2, 144, 144, 48, 3, 1), (2, 640, 640, 12, 5, 1),
              (1, 40, 40, 104, 3, 1), (3, 96, 96, 104, 3, 2), (1, 480, 480, 16, 3, 1))  # fmt: skip
+TINY = (1, 16, 16, 4, 3, 1)  # next to nothing
 ELEMENTS = (16_384, 262_144, 3_000_000)  # of a pointwise op: kept in the nearest cache, in a farther one, in none
 KEYS = (48, 192, 768)
 COPIES = 20  # of a layer and its input, taken in turn: as in a network, the nearest cache holds neither
@@ -40,6 +44,7 @@ class Probe:
     ops: tuple[Op, ...]
     calls: Calls
     step: Step = ONE
+    network: str = ""  # what it is in any format
 
     @property
     def op(self) -> Op:
@@ -63,11 +68,11 @@ def products(act: DType, device: str, bits: int = 0) -> Iterator[Probe]:
     from narrows.modules.packed_linear import int4, int8
 
     weight = {0: act, 8: int8(), 4: int4(64)}[bits]
-    for inputs, outputs in PACKED if bits else MATRICES:
-        for rows in ROWS:
-            op = _op("linear", act, rows=rows, inputs=inputs, outputs=outputs, weight=weight)
-            count = max(2, int(STREAM_BYTES / op.stored_bytes))
-            yield Probe(f"products in {weight.name} and {act.name}", (op,), _layers(op, bits, count, device))
+    shapes = [*product(PACKED if bits else MATRICES, ROWS), *product(STREAMED, (1,))]
+    for (inputs, outputs), rows in shapes:
+        op = _op("linear", act, rows=rows, inputs=inputs, outputs=outputs, weight=weight)
+        count = max(2, int(STREAM_BYTES / op.stored_bytes))
+        yield Probe(f"products in {weight.name} and {act.name}", (op,), _layers(op, bits, count, device))
 
 
 def _layers(op: Op, bits: int, count: int, device: str) -> Calls:
@@ -93,8 +98,8 @@ def _bound(layer: Callable[..., object], *inputs: object) -> Callable[[], object
 
 
 def convolutions(act: DType, device: str, depthwise: bool) -> Iterator[Probe]:
-    """Convolutions of the shapes of image networks, over one image and over a few."""
-    for images, channels, outputs, side, kernel, stride in DEPTHWISE if depthwise else CONVOLUTIONS:
+    """A convolution that is next to nothing, then those of the shapes of image networks, over one image and over a few."""
+    for images, channels, outputs, side, kernel, stride in (TINY, *(DEPTHWISE if depthwise else CONVOLUTIONS)):
         groups = channels if depthwise else 1
         op = _op("conv", act, positions=images * (side // stride) ** 2, in_positions=images * side**2, in_channels=channels,
                  out_channels=outputs, kernel=kernel**2, groups=groups, weight=act)  # fmt: skip
@@ -206,32 +211,35 @@ def networks(device: str) -> Iterator[Probe]:
     for act in (FP32, BF16):
         model, steps = _decoder(448, 8, device, act)
         for step in (Step.prefill(1, 48), Step.prefill(1, 160), Step.decode(1, 48)):
-            yield _network(f"a decoder in {act.name}", model, step, steps)
+            yield _network("a decoder", act.name, model, step, steps)
         if act == BF16 and device == "cpu":
             _pack(model)
             for step in (Step.prefill(1, 48), Step.decode(1, 48)):
-                yield _network("a packed decoder", model, step, steps)
+                yield _network("a decoder", "int4", model, step, steps)
         encoder = _encoder(device, act)
         for batch, tokens in ((1, 96), (6, 128)):
             ids = torch.ones(batch, tokens, dtype=torch.long, device=device)
-            yield _network(f"an encoder in {act.name}", encoder, Step.forward(batch, tokens), _forward(encoder, input_ids=ids))
-        for images in (_image_network(device, act), _depthwise_network(device, act)):
+            yield _network("an encoder", act.name, encoder, Step.forward(batch, tokens), _forward(encoder, input_ids=ids))
+        for name, images in (
+            ("an image network", _image_network(device, act)),
+            ("a depthwise network", _depthwise_network(device, act)),
+        ):
             for batch in (1, 3):
                 pixels = torch.ones(batch, 3, 224, 224, dtype=dtype_of(act), device=device)
                 forward = _forward(images, pixel_values=pixels)
-                yield _network(f"an image network in {act.name}", images, Step.forward(batch), forward)
+                yield _network(name, act.name, images, Step.forward(batch), forward)
 
 
 Steps = Callable[[Step], Callable[[], object]]
 
 
-def _network(name: str, model: "torch.nn.Module", step: Step, steps: Steps) -> Probe:
+def _network(name: str, form: str, model: "torch.nn.Module", step: Step, steps: Steps) -> Probe:
     from narrows.capture.torch import from_module
 
     def calls() -> Iterator[Callable[[], object]]:
         yield steps(step)
 
-    return Probe(name, replace(from_module(model, step), eager=True).ops, calls, step)
+    return Probe(f"{name} in {form}", replace(from_module(model, step), eager=True).ops, calls, step, name)
 
 
 def _decoder(width: int, layers: int, device: str, act: DType) -> "tuple[torch.nn.Module, Steps]":

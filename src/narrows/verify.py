@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from narrows.claims import versions
-from narrows.diagnose import Diagnosis, diagnose
+from narrows.diagnose import Diagnosis, diagnose, prepared
 from narrows.figures import write
+from narrows.gain import Gain, gain, parts
 from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.plan import Plan
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 Batches = Sequence[Mapping[str, "torch.Tensor"]]
-Predicted = tuple[float, float, float]  # a speed-up, and the ends of its interval
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Gate:
     """What a changed model must keep: quality within a ratio of the original's, and the gain that was asked for.
 
     perplexity  at most this times the original's;  cosine, agreement  at least this;  prediction  the measured
-    speed lies within this ratio of the predicted one, either way, beyond the noise of the A/A pair.
+    speed is no farther than this ratio outside of the predicted interval, beyond the noise of the A/A pair.
     """
 
     perplexity: float = 1.10
@@ -199,6 +199,7 @@ class Judge:
     ) -> None:
         self.batches, self.own = batches, quality
         self.causal = hasattr(model, "lm_head") and "input_ids" in batches[0]
+        self.measure = quality[0] if quality else "perplexity" if self.causal else "cosine"
         self.answers = [outputs(model, batch) for batch in batches[:4]]
         self.before = self.own[1](model, batches) if self.own else perplexity(model, batches) if self.causal else 1.0
 
@@ -207,19 +208,19 @@ class Judge:
         cosine, agreement = compare(self.answers, [outputs(changed, batch) for batch in self.batches[:4]])
         failure = ""
         if self.own:
-            name, after = self.own[0], self.own[1](changed, self.batches)
+            after = self.own[1](changed, self.batches)
             if not after >= self.before * gate.cosine:
-                failure = f"{name} fell from {self.before:.4g} to {after:.4g}, below {gate.cosine:g} of the original"
+                failure = f"{self.measure} fell from {self.before:.4g} to {after:.4g}, below {gate.cosine:g} of the original"
         elif self.causal:
-            name, after = "perplexity", perplexity(changed, self.batches)
+            after = perplexity(changed, self.batches)
             if not after <= self.before * gate.perplexity:
                 limit = f"above {gate.perplexity:g} times the original"
                 failure = f"perplexity rose from {self.before:.4g} to {after:.4g}, {limit}"
         else:
-            name, after = "cosine", cosine
+            after = cosine
             if not cosine >= gate.cosine:
                 failure = f"cosine of the outputs is {cosine:.4f}, below {gate.cosine:g}"
-        return Quality(name, self.before, after, agreement, failure)
+        return Quality(self.measure, self.before, after, agreement, failure)
 
 
 def steps_of(
@@ -229,15 +230,17 @@ def steps_of(
     if hasattr(model, "lm_head"):
         sizes = {"prefill": Step.prefill(1, prompt), "decode": Step.decode(1, context)}
         return sizes, generation_steps(model, prompt, context)
+    if any(value.is_floating_point() for value in batch.values()):  # images have no length to cut
+        return {"forward": Step.forward(len(next(iter(batch.values()))))}, {"forward": lambda: outputs(model, batch)}
     short = {key: value[:, :prompt] for key, value in batch.items()}
     return {"forward": Step.forward(1, prompt)}, {"forward": lambda: outputs(model, short)}
 
 
-def foreseen(graph: Graph, plan: Plan, machine: Machine, step: Step, name: str = "") -> tuple[Diagnosis, Diagnosis, Predicted]:
+def foreseen(graph: Graph, plan: Plan, machine: Machine, step: Step, name: str = "") -> tuple[Diagnosis, Diagnosis, Gain]:
     """The diagnoses of a graph and of what a plan makes of it (called `name`), and the speed-up they predict."""
-    ours, theirs = (diagnose(g, machine, step) for g in (graph, replace(plan.rewrite(graph), name=name or graph.name)))
-    ratios = [a / b for a, b in zip((ours.seconds, *ours.interval), (theirs.seconds, *theirs.interval), strict=True)]
-    return ours, theirs, (ratios[0], min(ratios), max(ratios))
+    both = graph, replace(plan.rewrite(graph), name=name or graph.name)
+    ours, theirs = (diagnose(one, machine, step) for one in both)
+    return ours, theirs, gain(*(parts(prepared(one, step, machine), machine, step) for one in both))
 
 
 def verify(
@@ -245,7 +248,7 @@ def verify(
     after: "torch.nn.Module",
     batches: Batches,
     plan: Plan,
-    predicted: Mapping[str, Predicted],
+    predicted: Mapping[str, Gain],
     predicted_bytes: float,
     steps: Mapping[str, tuple[Callable[[], object], Callable[[], object]]],
     gate: Gate = Gate(),
