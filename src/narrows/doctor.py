@@ -8,6 +8,7 @@ from typing import Any
 
 from narrows.calibrate import here_file
 from narrows.errors import NarrowsError
+from narrows.modules.compiled import compiler
 from narrows.samples import minilm_folder, smollm2_file
 
 # package -> (the extra that brings it, what it is for)
@@ -37,6 +38,9 @@ def examine() -> list[dict[str, Any]]:
             rows.append(_row(name, str(find().name), True, ""))
         except NarrowsError as error:
             rows.append(_row(name, "missing", False, error.remedy))
+    found = compiler()
+    advice = "" if found else "install gcc or clang (as `cc`): kernels for weights of few bits are compiled for this CPU"
+    rows.append(_row("C compiler", found or "missing", found is not None, advice))
     kept = here_file().is_file()
     rows.append(
         _row(

@@ -16,6 +16,11 @@ from narrows.errors import NarrowsError
 _ELSEWHERE = "Choose another directory."
 
 
+def home() -> Path:
+    """Where narrows keeps what it measured and built here between runs (`NARROWS_HOME`, by default ~/.cache/narrows)."""
+    return Path(os.environ.get("NARROWS_HOME", Path.home() / ".cache" / "narrows"))
+
+
 class Explained:
     """A context that turns what the system and the libraries at work raise into one NarrowsError, which says where.
 

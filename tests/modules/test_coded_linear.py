@@ -12,7 +12,7 @@ from hypothesis import strategies as st  # noqa: E402
 from narrows.capture.torch import from_module  # noqa: E402
 from narrows.errors import NarrowsError  # noqa: E402
 from narrows.graph import FP32  # noqa: E402
-from narrows.modules.coded_linear import CodedLinear, encoded, joined, rounded, segments, table  # noqa: E402
+from narrows.modules.coded_linear import CodedLinear, encoded, rounded, table  # noqa: E402
 from narrows.modules.number_formats import Coding, NumberFormat  # noqa: E402
 from narrows.step import Step  # noqa: E402
 
@@ -53,19 +53,6 @@ def test_rounding_finds_the_nearest(name, seed, size):
     values = values[values.abs() <= form.largest]
     nearest = (x[:, None] - values).abs().amin(1)
     torch.testing.assert_close((x - rounded(x, form)).abs(), nearest)
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_segments_join_again_and_take_the_bits_they_say(bits):
-    codes = torch.arange(5 * 64).view(5, 64).mul(37).remainder(2**bits).to(torch.uint8)
-    parts = segments(codes, bits)
-    assert torch.equal(joined(parts, bits), codes)
-    assert sum(part.numel() for part in parts.values()) * 8 == bits * codes.numel()
-
-
-def test_six_bits_are_four_of_sign_and_exponent_and_two_of_fraction():
-    parts = segments(torch.tensor([[0b101101, 0b010010, 0, 0b111111]], dtype=torch.uint8), 6)
-    assert parts["bits4"].tolist() == [[0b0100_1011, 0b1111_0000]] and parts["bits2"].tolist() == [[0b11_00_10_01]]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,11 +5,10 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Op
-from narrows.modules.coded_linear import joined, segments
+from narrows.modules.coded_matrix import CodedMatrix, joined, segments
 
 BINS = 512  # of the histogram that k-means runs on: beyond it codewords move by less than a bf16 step
 ROUNDS = 25  # of k-means
@@ -112,8 +111,8 @@ def learned(start: Codebooks, weight: Tensor, moments: Tensor, steps: int, proxi
 class CodebookLinear(nn.Module):  # type: ignore[misc]
     """y = x W^T + b with W kept as indices into 16-bit codebooks of `rows` outputs each: [..., K] to [..., N] in x's dtype.
 
-    Codewords are bf16 numbers kept as raw bits (int16), so that `module.to(dtype)` leaves them. Weights are looked up for
-    each call and multiplied densely. Gradients reach x, never the weights. Runs on the meta device.
+    Codewords are bf16 numbers kept as raw bits (int16), so that `module.to(dtype)` leaves them.
+    Gradients reach x, never the weights. Runs on the meta device.
     """
 
     books: Tensor
@@ -135,8 +134,8 @@ class CodebookLinear(nn.Module):  # type: ignore[misc]
             raise NarrowsError(problem, where="CodebookLinear", remedy="Choose a group that divides the outputs.")
         self.in_features, self.out_features, self.form, self.rows = inputs, outputs, form, rows
         bits = round(form.bits)
-        for name, packed in segments(torch.empty(outputs, inputs, dtype=torch.uint8, device="meta"), bits).items():
-            self.register_buffer(name, torch.empty(packed.shape, dtype=torch.uint8, device=device))
+        for width, packed in segments(torch.empty(outputs, inputs, dtype=torch.uint8, device="meta"), bits).items():
+            self.register_buffer(f"bits{width}", torch.empty(packed.shape, dtype=torch.uint8, device=device))
         self.register_buffer("books", torch.empty(outputs // rows, 2**bits, dtype=torch.int16, device=device))
         self.register_buffer("order", torch.empty(outputs, dtype=torch.int16, device=device))
         self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype), requires_grad=False) if bias else None
@@ -147,8 +146,8 @@ class CodebookLinear(nn.Module):  # type: ignore[misc]
         outputs, inputs = found.codes.shape
         dtype = None if bias is None else bias.dtype
         layer = cls(inputs, outputs, form, outputs // len(found.books), bias is not None, found.codes.device, dtype)
-        for name, packed in segments(found.codes, round(form.bits)).items():
-            setattr(layer, name, packed)
+        for width, packed in segments(found.codes, round(form.bits)).items():
+            setattr(layer, f"bits{width}", packed)
         layer.books = found.books.to(torch.bfloat16).view(torch.int16)
         layer.order = found.order.to(torch.int16)
         if layer.bias is not None and bias is not None:
@@ -156,10 +155,16 @@ class CodebookLinear(nn.Module):  # type: ignore[misc]
         return layer
 
     @property
+    def matrix(self) -> CodedMatrix:
+        """What it multiplies by, its outputs in the order of the codes."""
+        parts = tuple(t[None] for name, t in self._buffers.items() if name.startswith("bits"))
+        return CodedMatrix(self.out_features, self.in_features, parts, round(self.form.bits), self.books, None)
+
+    @property
     def codebooks(self) -> Codebooks:
         """What it keeps, unpacked."""
-        codes = joined(dict(self.named_buffers()), round(self.form.bits))
-        return Codebooks(codes, self.books.view(torch.bfloat16).float(), self.order.long())
+        matrix = self.matrix
+        return Codebooks(joined(matrix.codes, matrix.bits)[0], self.books.view(torch.bfloat16).float(), self.order.long())
 
     def graph_op(self, name: str, rows: int, act: DType) -> Op:
         """What capture writes down for this layer."""
@@ -169,8 +174,10 @@ class CodebookLinear(nn.Module):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         if x.is_meta:
             return x.new_empty(*x.shape[:-1], self.out_features)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.codebooks.weight().to(x.dtype), bias)
+        y = self.matrix.multiply(x.reshape(-1, self.in_features))
+        y = torch.empty_like(y).index_copy(1, self.order.long(), y)
+        y = y if self.bias is None else y + self.bias.to(x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.form.name}, rows={self.rows}"

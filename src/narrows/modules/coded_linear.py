@@ -1,10 +1,11 @@
 """A linear layer whose weights are codes of a number format of 2 to 8 bits, and whose inputs may be rounded to one.
 
 Codes of b bits are kept as the segments of 8, 4, 2 and 1 bits that b is a sum of, the high bits in the widest: 6 bits as
-4 + 2, each packed into whole bytes. Unpacking and a dense product is the reference; integers times integers run on the
-CPU's and the GPU's int8 product.
+4 + 2, each packed into whole bytes. They are multiplied as a `CodedMatrix`; 8-bit integers times integers run on the CPU's
+and the GPU's int8 product.
 """
 
+from functools import cache
 from typing import Self
 
 import torch
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Op
+from narrows.modules.coded_matrix import WIDTHS, CodedMatrix, joined, segments
 from narrows.modules.number_formats import Coding, NumberFormat
 
-# Weights unpacked at a time: 4 MB as fp32, so that unpacking stays in the cache.
-CHUNK = 2**20
 LEAST_SCALE = 2.0**-40  # of a row of zeros
 
 
@@ -30,6 +30,12 @@ def table(form: NumberFormat) -> Tensor:
     special = torch.where((fraction == 0) & (form.mantissa == 2), torch.inf, torch.nan).double()
     value = torch.where(value > form.largest, special, value)
     return torch.where(codes >> (form.bits - 1) > 0, -value, value).float()
+
+
+@cache
+def _kept_table(form: NumberFormat, device: torch.device) -> Tensor:
+    """`table` as a coded matrix wants it: every format of up to 8 bits is exact in bf16."""
+    return table(form).to(device, torch.bfloat16).view(torch.int16)[None]
 
 
 def _steps(x: Tensor, form: NumberFormat) -> tuple[Tensor, Tensor]:
@@ -71,35 +77,6 @@ def recoded(weight: Tensor, form: NumberFormat, scale: Tensor) -> Tensor:
     return rounded(grouped / scale[..., None], form).mul_(scale[..., None]).view(weight.shape)
 
 
-def segments(codes: Tensor, bits: int) -> dict[str, Tensor]:
-    """Codes [N, K] as bytes [N, K x width / 8] for each width that `bits` is a sum of, by name ('bits4')."""
-    found, left = {}, bits
-    for width in _widths(bits):
-        left -= width
-        part = (codes >> left & (2**width - 1)).view(len(codes), -1, 8 // width)
-        found[f"bits{width}"] = (
-            (part << torch.arange(0, 8, width, device=codes.device, dtype=torch.uint8)).sum(-1).to(torch.uint8)
-        )
-    return found
-
-
-def joined(parts: dict[str, Tensor], bits: int) -> Tensor:
-    """The codes that `segments` split."""
-    codes: Tensor | None = None
-    for width in _widths(bits):
-        part = parts[f"bits{width}"]
-        if width < 8:
-            shifts = torch.arange(0, 8, width, device=part.device, dtype=torch.uint8)
-            part = (part[..., None] >> shifts & (2**width - 1)).view(len(part), -1)
-        codes = part if codes is None else codes << width | part
-    assert codes is not None
-    return codes
-
-
-def _widths(bits: int) -> list[int]:
-    return [width for width in (8, 4, 2, 1) if bits & width]
-
-
 class CodedLinear(nn.Module):  # type: ignore[misc]
     """y = Q((x - zero) / a) (W a)^T + W zero + b, with W kept as codes; without rounded inputs y = x W^T + b.
 
@@ -108,6 +85,7 @@ class CodedLinear(nn.Module):  # type: ignore[misc]
     [1] (a row's own scale is not kept). Runs on the meta device. Gradients reach x where it is not rounded, never the weights.
     """
 
+    bits8: Tensor  # or other segments, by what the bits of a code are a sum of
     scales: Tensor
     input_scale: Tensor | None
     input_zero: Tensor | None
@@ -125,7 +103,7 @@ class CodedLinear(nn.Module):  # type: ignore[misc]
         if problem := coding.unfit(inputs):
             raise NarrowsError(f"{problem}.", where="CodedLinear", remedy="Use another format or group.")
         self.in_features, self.out_features, self.coding = inputs, outputs, coding
-        for width in _widths(coding.weights.bits):
+        for width in (w for w in WIDTHS if coding.weights.bits & w):
             packed = torch.empty(outputs, inputs * width // 8, dtype=torch.uint8, device=device)
             self.register_buffer(f"bits{width}", packed)
         groups = inputs // (coding.group or inputs)
@@ -160,8 +138,8 @@ class CodedLinear(nn.Module):  # type: ignore[misc]
         scale = scales(whole, coding.weights, coding.group) if scale is None else scale
         layer.scales = _bits(scale)
         values = rounded(whole.view(*scale.shape, -1) / scale[..., None], coding.weights).view(whole.shape)
-        for name, packed in segments(encoded(values, coding.weights), coding.weights.bits).items():
-            setattr(layer, name, packed)
+        for width, packed in segments(encoded(values, coding.weights), coding.weights.bits).items():
+            setattr(layer, f"bits{width}", packed)
         if layer.bias is not None:
             layer.bias.data.zero_() if bias is None else layer.bias.data.copy_(bias.detach())
         if layer.input_zero is not None and layer.bias is not None:
@@ -173,15 +151,17 @@ class CodedLinear(nn.Module):  # type: ignore[misc]
         return layer
 
     @property
-    def codes(self) -> Tensor:
-        """The codes, unpacked: uint8 [N, K]."""
-        return joined(dict(self.named_buffers()), self.coding.weights.bits)
+    def matrix(self) -> CodedMatrix:
+        """What it multiplies by, but for scales of inputs that are not in it."""
+        form = self.coding.weights
+        parts = tuple(t[None] for name, t in self._buffers.items() if name.startswith("bits"))
+        return CodedMatrix(
+            self.out_features, self.in_features, parts, form.bits, _kept_table(form, self.scales.device), self.scales[None]
+        )
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The plain reference: the matrix [N, K] that rounded inputs are multiplied by."""
-        grouped = table(self.coding.weights).to(self.scales.device)[self.codes.long()].view(*self.scales.shape, -1)
-        weight = (grouped * _numbers(self.scales)[..., None]).view(self.out_features, self.in_features)
-        return (weight * self._back()).to(dtype)
+        return (self.matrix.rows() * self._back()).to(dtype)
 
     def _back(self) -> Tensor | float:
         """What the weights are multiplied by because inputs were divided by it, after rounding them."""
@@ -212,7 +192,11 @@ class CodedLinear(nn.Module):  # type: ignore[misc]
         flat, scale = x.reshape(-1, self.in_features), None
         if self.coding.inputs:
             flat, scale = self.rounded_inputs(flat)
-        y = self._integers(flat) if self._is_integer(flat) else self._unpacked(flat.to(x.dtype))
+        if self._is_integer(flat):
+            y = self._integers(flat)
+        else:
+            back = self._back()
+            y = self.matrix.multiply((flat * back if isinstance(back, Tensor) else flat).to(x.dtype))
         y = y if scale is None else y * scale
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -221,37 +205,20 @@ class CodedLinear(nn.Module):  # type: ignore[misc]
         """Whether the int8 product runs this; on a GPU it wants more than 16 rows and whole eights."""
         coding = self.coding
         plain = not coding.group and (coding.folded or coding.per != "channel")
-        large = x.device.type == "cpu" or (len(x) > 16 and self.in_features % 8 == self.out_features % 8 == 0)
-        return coding.compute in ("int8", "int4") and plain and large
+        if x.device.type == "cpu":
+            return plain and coding.compute == "int8" and coding.weights.bits == 8
+        large = len(x) > 16 and self.in_features % 8 == self.out_features % 8 == 0
+        return plain and large and coding.compute in ("int8", "int4")
 
     def _integers(self, x: Tensor) -> Tensor:
         """x [M, K] of whole numbers times the codes in int8 with sums in int32, as fp32."""
-        codes, unused = self.codes, 8 - self.coding.weights.bits
-        if unused:  # the sign moves to its place
-            codes = codes << unused
-            signed = codes.view(torch.int8) >> unused
-        else:
-            signed = codes.view(torch.int8)
+        bits = self.coding.weights.bits
+        if bits == 8:
+            codes = self.bits8.view(torch.int8)
+        else:  # the sign moves to its place
+            codes = (joined(self.matrix.codes, bits)[0] << 8 - bits).view(torch.int8) >> 8 - bits
         scale = _numbers(self.scales)[:, 0] * self._back()
-        return torch._int_mm(x.to(torch.int8), signed.T).float().mul_(scale)
-
-    def _unpacked(self, x: Tensor) -> Tensor:
-        """x [M, K] times the weights, unpacked a few rows at a time."""
-        values = table(self.coding.weights).to(x.device, x.dtype)
-        scale, back = _numbers(self.scales), self._back()
-        packed = {name: t for name, t in self.named_buffers() if name.startswith("bits")}
-        pieces = []
-        for first in range(0, self.out_features, rows := max(1, CHUNK // self.in_features)):
-            here = slice(first, first + rows)
-            codes = joined({name: t[here] for name, t in packed.items()}, self.coding.weights.bits)
-            weight = values[codes.int()]
-            if isinstance(back, Tensor):
-                weight = weight * back.to(x.dtype)
-            if self.coding.group:  # otherwise an output is scaled more cheaply than its row
-                weight = (weight.view(len(weight), scale.shape[1], -1) * scale[here][..., None].to(x.dtype)).view(weight.shape)
-            piece = x @ weight.T
-            pieces.append(piece if self.coding.group else piece * scale[here, 0].to(x.dtype))
-        return torch.cat(pieces, -1)
+        return torch._int_mm(x.to(torch.int8), codes.T).float().mul_(scale)
 
     def extra_repr(self) -> str:
         rounding = f", inputs={self.coding.inputs}" if self.coding.inputs else ""

@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Graph, Op
 from narrows.machine import Machine
-from narrows.modules.linears import ReplacesLinears
+from narrows.modules.linears import CODES_ON_CPU, ReplacesLinears
 from narrows.step import Step
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Batches = Sequence[Mapping[str, Tensor]]
-
-# Measured on one thread of a Xeon with AMX, layers of 576 x 1536 to 2048 x 5504, 1 to 512 rows.
-SLOW_ON_CPU = "no CPU kernel multiplies by these codes: unpacking them takes 4 to 30 times as long as the layer in bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +114,8 @@ class Coding:
 class CodesWeights(ReplacesLinears):
     """Stores every plain linear layer but the output layer in the format that `coding_of` names."""
 
+    SLOWER = CODES_ON_CPU
+
     @abstractmethod
     def coding_of(self, name: str) -> Coding:
         """How the layer of this path is kept."""
@@ -125,7 +124,7 @@ class CodesWeights(ReplacesLinears):
         return self.coding_of(name).unfit(inputs)
 
     def unpaid(self, machine: Machine | None, graph: Graph, ops: Sequence[Op], step: Step) -> str:
-        return SLOW_ON_CPU if machine and machine.kind == "cpu" else ""
+        return super().unpaid(machine, graph, ops, step) if machine and machine.kind == "cpu" else ""
 
     def _fits(self, op: Op) -> bool:
         return op.phase == "forward" and super()._fits(op)

@@ -1,9 +1,9 @@
 """A linear layer whose weights stay packed in 4 or 8 bits, beside the plain arithmetic that it must equal."""
 
+import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Self
 
 import torch
@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Op
+from narrows.modules.coded_matrix import CUDA_ROWS, FEW_ROWS, PART, CodedMatrix, cuda_kernels, dense, kernels_for
+from narrows.modules.compiled import in_parts
 
-# By bits of the weight: up to so many bf16 rows the packed kernel beats unpacking and a dense product, because it
+# By bits of the weight: up to so many bf16 rows torch's packed kernel beats unpacking and a dense product, because it
 # unpacks again for every few rows: in layers whose unpacked weights stay in the cache, and in larger ones. Measured on
-# a Xeon with AMX, layers of 192 x 576 to 4096 x 4096. For fp16 and fp32 it is not vectorised and never pays.
-KERNEL_ROWS = {4: (64, 64), 8: (10, 20)}
+# a Xeon with AMX, layers of 576 x 1536 to 2048 x 2048. For fp16 and fp32 it is not vectorised and never pays.
+KERNEL_ROWS = {4: (14, 18), 8: (14, 10)}
 KERNEL_GROUPS = (32, 64, 128, 256)
-# On CUDA, up to so many rows, which read fewer bytes than they could multiply: assumed, not yet measured.
-CUDA_ROWS = 64
 # Weights unpacked at a time: 4 MB as fp32, so that unpacking stays in the cache.
 CHUNK = 2**20
 # Smallest scale: with 5 significant bits it is still exact in fp16.
@@ -119,13 +119,18 @@ def native_block() -> int:
 
 
 @cache
-def cuda_kernels() -> ModuleType | None:
-    """The kernels for CUDA; None where Triton is not installed."""
-    if find_spec("triton") is None:
-        return None
-    from narrows.modules import packed_triton
+def _int8_table(device: torch.device) -> Tensor:
+    """What each byte stands for, as a coded matrix wants it."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.int8).bfloat16().view(torch.int16)[None]
 
-    return packed_triton
+
+class _Interleaved(ctypes.Structure):
+    """`struct interleaved` of the C file."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "group", "block")),
+        *((name, ctypes.c_void_p) for name in ("packed", "scales")),
+    ]
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
@@ -231,6 +236,8 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
             y = F.linear(flat, self.codes.weight(x.dtype))
         elif rows <= self.kernel_rows and x.is_cpu and x.dtype is torch.bfloat16 and self.native:
             y = self._kernel(flat.contiguous())
+        elif rows <= FEW_ROWS.get(x.dtype, 0) and kernels_for(x):
+            y = self._compiled(flat)
         elif x.is_cuda and rows <= CUDA_ROWS and self.on_cuda(x.dtype):
             y = self._cuda(flat)
         else:
@@ -245,42 +252,60 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
             return torch.ops.aten._weight_int8pack_mm(x, packed, scales)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, self.form.group, scales)
 
+    def _compiled(self, x: Tensor) -> Tensor:
+        """x [M, K] times the weights as they are unpacked, by this package's own kernel."""
+        if self.form.bits == 8:
+            codes, table = self.packed.view(torch.uint8)[None], _int8_table(x.device)
+            return CodedMatrix(self.out_features, self.in_features, (codes,), 8, table, self.scales[None, :, None]).multiply(x)
+        x32, y, code = x.float().contiguous(), x.new_empty(len(x), self.out_features, dtype=torch.float32), kernels_for(x)
+        at = ctypes.byref(self._interleaved())
+
+        def run(first: int, last: int) -> None:
+            code.interleaved_product(at, first, last, len(x), x32.data_ptr(), y.data_ptr())  # type: ignore[union-attr]
+
+        blocks, size = self.out_features // self.block, self.in_features * self.block
+        in_parts(0, blocks, max(1, PART // size), torch.get_num_threads(), run)
+        return y.to(x.dtype)
+
+    def _interleaved(self) -> "_Interleaved":
+        sizes = (self.in_features, self.out_features, self.form.group, self.block)
+        return _Interleaved(*sizes, self.packed.data_ptr(), self.scales.data_ptr())
+
     def on_cuda(self, dtype: torch.dtype) -> bool:
         """Whether a kernel for CUDA reads this layer's layout."""
-        kernels = cuda_kernels()
-        return kernels is not None and kernels.serves(round(self.form.bits), self.form.group, self.block, dtype)
+        ours = cuda_kernels()
+        return ours is not None and ours.serves(round(self.form.bits), self.form.group, self.block, dtype)
 
     def _cuda(self, x: Tensor) -> Tensor:
-        kernels, scales = cuda_kernels(), self.scales.view(torch.bfloat16)
+        ours, scales = cuda_kernels(), self.scales.view(torch.bfloat16)
         if self.form.bits == 8:
-            return kernels.multiply_int8(x, self.packed, scales)  # type: ignore[union-attr]
-        return kernels.multiply_int4(x, self.packed, scales, self.form.group, self.block)  # type: ignore[union-attr]
+            return ours.multiply_int8(x, self.packed, scales)  # type: ignore[union-attr]
+        return ours.multiply_int4(x, self.packed, scales, self.form.group, self.block)  # type: ignore[union-attr]
 
     def _unpacked(self, x: Tensor) -> Tensor:
-        """x [M, K] times the weights, unpacked a few blocks of rows at a time."""
-        inputs, y = self.in_features, x.new_empty(len(x), self.out_features)
-        scales = self.scales.view(torch.bfloat16)
-        if self.form.bits == 8:
-            for first in range(0, self.out_features, rows := max(1, CHUNK // inputs)):
-                here = slice(first, first + rows)  # codes are exact in any dtype; an output is scaled more cheaply than its row
-                torch.mul(x @ self.packed[here].to(x.dtype).T, scales[here].to(x.dtype), out=y[:, here])
-            return y
-        half, group = self.block // 2, self.form.group
-        blocks = self.packed.view(-1, inputs // group, group, half)
-        grouped = scales.view(inputs // group, -1, self.block, 2).permute(1, 3, 0, 2)  # [blocks, 2, G, block]
-        at_once = max(1, CHUNK // (inputs * self.block))
-        plain = torch.empty(at_once, inputs // group, group, 2, half, device=x.device)
-        weight = torch.empty(at_once, inputs, self.block, dtype=x.dtype, device=x.device)
-        out = y.view(len(x), -1, self.block)
-        for first in range(0, len(blocks), at_once):
-            bytes_, pair = blocks[first : first + at_once], grouped[first : first + at_once].float()
-            n = len(bytes_)
-            plain[:n, :, :, 0], plain[:n, :, :, 1] = bytes_ & 15, bytes_ >> 4
-            values = plain[:n].view(n, inputs // group, group, self.block)
-            torch.addcmul((pair[:, 1] - 8 * pair[:, 0])[:, :, None], values, pair[:, 0][:, :, None], out=values)
-            weight[:n].copy_(values.view(n, inputs, self.block))
-            out[:, first : first + n] = (x @ weight[:n]).transpose(0, 1)
-        return y
+        """x [M, K] times the weights, unpacked a few rows at a time."""
+        y = dense(x, self.out_features, self._pieces(x.dtype))
+        return y.mul_(self.scales.view(torch.bfloat16).to(x.dtype)) if self.form.bits == 8 else y
+
+    def _pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """(which outputs, their weights [n, K]), those of 8 bits unscaled: they are exact, and outputs are fewer than weights."""
+        block = self.block or 1
+        for first in range(0, self.out_features, step := block * max(1, CHUNK // (self.in_features * block))):
+            here = slice(first, min(first + step, self.out_features))
+            yield here, self.packed[here].to(dtype) if self.form.bits == 8 else self._unpacked_rows(here, dtype)
+
+    def _unpacked_rows(self, here: slice, dtype: torch.dtype) -> Tensor:
+        """4-bit weights of outputs that are whole blocks."""
+        inputs, first, last = self.in_features, here.start // self.block, here.stop // self.block
+        if code := kernels_for(self.packed):
+            brief = dtype == torch.bfloat16
+            into = torch.empty(here.stop - here.start, inputs, dtype=dtype if brief else torch.float32)
+            code.interleaved_rows(ctypes.byref(self._interleaved()), first, last, brief, into.data_ptr())
+            return into.to(dtype)
+        blocks = self.packed.view(-1, inputs, self.block // 2)[first:last].transpose(1, 2)
+        codes = torch.cat((blocks & 15, blocks >> 4), 1).view(here.stop - here.start, -1, self.form.group)
+        scale, offset = self.scales[:, here].view(torch.bfloat16).float().permute(2, 1, 0)[..., None]
+        return torch.addcmul(offset, codes.float().sub_(8), scale).flatten(1).to(dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.form.name}, group={self.form.group}"

@@ -1,25 +1,25 @@
 """Linear layers whose weights are sums of planes of signs or trits, each plane scaled group by group.
 
 A weight is W[n, k] = sum_p scale[p, n, k // g] x plane[p, n, k] with a plane of {-1, 1} or {-1, 0, 1}; with scales `by`
-outputs, they are shared by g outputs of one input instead: scale[p, k, n // g]. Signs take 1 bit, trits 1.6: five a byte.
+outputs, they are shared by g outputs of one input instead: scale[p, n // g, k]. Signs take 1 bit, trits 1.6: five a byte.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Op
+from narrows.modules.coded_matrix import MIDDLE, CodedMatrix, joined, packed_trits, segments, unpacked_trits
 from narrows.modules.linears import NUMBERS_PER_BYTE, Planes
 
-CHUNK = 2**20  # weights unpacked at a time: 4 MB as fp32, so that unpacking stays in the cache
+CHUNK = 2**20  # weights that moments are taken of at a time: 4 MB as fp32, which stays in the cache
 LEAST_SCALE = 2.0**-40
 EVEN = 0.7  # of the largest weight: where signs start
-MIDDLE = 64  # a power of two is kept as one byte: its sign times (exponent + MIDDLE); 0 is none
 
 
 @dataclass(frozen=True)
@@ -145,41 +145,18 @@ def _powers(scale: Tensor, terms: int) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _digits(values: int) -> Tensor:
-    """What each byte holds: fp32 [256, 8] signs or [243, 5] trits, the first number in the lowest digit."""
-    per, low = NUMBERS_PER_BYTE[values], 1 if values == 3 else 0
-    codes = torch.arange(values**per)[:, None] // values ** torch.arange(per) % values
-    return (codes - low if low else 2 * codes - 1).float()
-
-
-def packed(planes: Tensor, values: int) -> Tensor:
-    """Planes [P, N, K] of signs or trits as bytes [P, ceil(N K / numbers in a byte)]."""
-    per = NUMBERS_PER_BYTE[values]
-    flat = planes.flatten(1).to(torch.int32)
-    flat = nn.functional.pad((flat + 1) // (2 if values == 2 else 1), (0, -flat.shape[1] % per))
-    weights = values ** torch.arange(per, dtype=torch.int32, device=planes.device)
-    return (flat.view(len(planes), -1, per) * weights).sum(-1).to(torch.uint8)
-
-
-class _Product(torch.autograd.Function):  # type: ignore[misc]
-    """x W^T that keeps nothing for the backward pass: it unpacks the weights again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: "PlanesLinear") -> Tensor:
-        ctx.layer = layer
-        return torch.cat([x @ weight.to(x.dtype).T for _, weight in layer.pieces()], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        pieces = [grads[0][:, here] @ weight.to(grads[0].dtype) for here, weight in ctx.layer.pieces()]
-        return torch.stack(pieces).sum(0), None
+def _table(values: int, device: torch.device) -> Tensor:
+    """The numbers of the codes of a plane, as a coded matrix wants them."""
+    numbers = torch.tensor([[-1.0, 1.0] if values == 2 else [-1.0, 0.0, 1.0]], device=device)
+    return numbers.bfloat16().view(torch.int16)
 
 
 class PlanesLinear(nn.Module):  # type: ignore[misc]
     """y = x W^T + b with W kept as packed planes: [..., K] to [..., N] in the dtype of x.
 
-    `planes` are bytes [P, ...]; `scales` are [P, R, G], int16 (raw bf16), or int8 [terms, P, R, G] for powers of two.
-    Gradients reach x, never the weights, and no copy of the weights is kept for them. Runs on the meta device.
+    `planes` are bytes [P, N, ...]; `scales` are [P, R, G], int16 (raw bf16), or int8 [terms, P, R, G] for powers of two: a
+    row for each output, or for each group of them. Gradients reach x, never the weights, and keep no copy of these. Runs on
+    the meta device.
     """
 
     planes: Tensor
@@ -198,19 +175,21 @@ class PlanesLinear(nn.Module):  # type: ignore[misc]
         if problem := form.unfit(inputs, outputs):
             raise NarrowsError(f"{problem}.", where="PlanesLinear", remedy="Use another group.")
         self.in_features, self.out_features, self.form = inputs, outputs, form
-        size = -(-inputs * outputs // NUMBERS_PER_BYTE[form.values])
-        self.register_buffer("planes", torch.empty(form.count, size, dtype=torch.uint8, device=device))
-        groups = (outputs, inputs // form.group) if form.by == "inputs" else (inputs, outputs // form.group)
+        size = -(-inputs // NUMBERS_PER_BYTE[form.values])
+        self.register_buffer("planes", torch.empty(form.count, outputs, size, dtype=torch.uint8, device=device))
+        groups = (outputs, inputs // form.group) if form.by == "inputs" else (outputs // form.group, inputs)
         terms, kind = ((form.powers,), torch.int8) if form.powers else ((), torch.int16)
         self.register_buffer("scales", torch.empty(*terms, form.count, *groups, dtype=kind, device=device))
         self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
     def of(cls, planes: Tensor, scale: Tensor, form: Planes, bias: Tensor | None, dtype: torch.dtype) -> Self:
-        """The layer of planes [P, N, K] and scales [P, N, K / g], or [P, K, N / g] where they go by outputs."""
+        """The layer of planes [P, N, K] and scales [P, N, K / g], or [P, N / g, K] where they go by outputs."""
         _, outputs, inputs = planes.shape
         layer = cls(inputs, outputs, form, bias is not None, planes.device, dtype)
-        layer.planes = packed(planes, form.values)
+        codes = (planes + 1).to(torch.uint8)
+        layer.planes = packed_trits(codes) if form.values == 3 else segments(codes >> 1, 1)[1]
+        scale = scale.contiguous()
         layer.scales = _powers(scale, form.powers)[0] if form.powers else scale.bfloat16().view(torch.int16)
         if layer.bias is not None and bias is not None:
             layer.bias.data.copy_(bias.detach())
@@ -231,37 +210,22 @@ class PlanesLinear(nn.Module):  # type: ignore[misc]
         return cls.of(planes, found.scale.view(form.count, len(weight), -1), form, linear.bias, weight.dtype)
 
     @property
+    def matrix(self) -> CodedMatrix:
+        """What it multiplies by."""
+        bits = 1 if self.form.values == 2 else 0
+        table = _table(self.form.values, self.planes.device)
+        return CodedMatrix(self.out_features, self.in_features, (self.planes,), bits, table, self.scales)
+
+    @property
     def scale(self) -> Tensor:
         """The scales as fp32 numbers [P, R, G]."""
-        if not self.form.powers:
-            return self.scales.view(torch.bfloat16).float()
-        codes = self.scales.float()
-        return (torch.sign(codes) * torch.exp2(codes.abs() - MIDDLE)).sum(0)
-
-    def pieces(self) -> Any:
-        """The matrix as fp32, a few outputs at a time: (slice of the outputs, [n, K]) pairs."""
-        form, scale, per = self.form, self.scale, NUMBERS_PER_BYTE[self.form.values]
-        digits = _digits(form.values).to(self.planes.device)
-        step = form.group if form.by == "outputs" else 5
-        rows = step * max(1, CHUNK // (self.in_features * step))
-        for first in range(0, self.out_features, rows):
-            here = slice(first, min(first + rows, self.out_features))
-            count = here.stop - first
-            begin, end = first * self.in_features, here.stop * self.in_features
-            skipped = begin % per
-            bytes_ = self.planes[:, begin // per : -(-end // per)].int()
-            plane = digits[bytes_].flatten(1)[:, skipped : skipped + end - begin].view(form.count, count, self.in_features)
-            if form.by == "inputs":
-                grouped = plane.view(form.count, count, -1, form.group) * scale[:, here, :, None]
-                yield here, grouped.sum(0).view(count, self.in_features)
-            else:
-                groups = scale[:, :, first // form.group : here.stop // form.group].transpose(1, 2)
-                grouped = plane.view(form.count, -1, form.group, self.in_features) * groups[:, :, None]
-                yield here, grouped.sum(0).view(count, self.in_features)
+        found = self.matrix.scale()
+        assert found is not None
+        return found
 
     def weight(self) -> Tensor:
         """The plain reference: the matrix [N, K] that the planes stand for, fp32."""
-        return torch.cat([piece for _, piece in self.pieces()])
+        return self.matrix.rows()
 
     @property
     def resident_bytes(self) -> int:
@@ -276,7 +240,7 @@ class PlanesLinear(nn.Module):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         if x.is_meta:
             return x.new_empty(*x.shape[:-1], self.out_features)
-        y = _Product.apply(x.reshape(-1, self.in_features), self)
+        y = self.matrix.multiply(x.reshape(-1, self.in_features))
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -288,9 +252,9 @@ class PlanesLinear(nn.Module):  # type: ignore[misc]
 
 def added(x: Tensor, layer: PlanesLinear) -> Tensor:
     """Whole numbers x [M, K] times each of a layer's planes, by groups of inputs, with additions alone: int64 [P, M, N, G]."""
-    group, digits = layer.form.group, _digits(layer.form.values)
-    planes = digits[layer.planes.int()].flatten(1)[:, : layer.in_features * layer.out_features]
-    planes = planes.view(layer.form.count, 1, layer.out_features, -1, group)
+    group, codes = layer.form.group, (layer.planes,)
+    digits = unpacked_trits(*codes, layer.in_features) if layer.form.values == 3 else 2 * joined(codes, 1)
+    planes = (digits.int() - 1).view(layer.form.count, 1, layer.out_features, -1, group)
     read = x.view(1, len(x), 1, -1, group)
     zero = torch.zeros((), dtype=x.dtype)
     return torch.where(planes > 0, read, zero).sum(-1) - torch.where(planes < 0, read, zero).sum(-1)
@@ -309,11 +273,11 @@ def shifted(x: Tensor, layer: PlanesLinear) -> tuple[Tensor, int]:
     least = int(codes.abs()[codes != 0].min())
     shifts = (codes.abs() - least).clamp(min=0)
     y = torch.zeros(len(x), layer.out_features, dtype=torch.int64)
-    looked_up = layer.planes.view(form.count, layer.out_features, -1).long()  # a byte for every 8 inputs of an output
+    looked_up = layer.planes.long()  # a byte for every 8 inputs of an output
     for plane in range(form.count):
         for group in range(layer.out_features // form.group):
             here = slice(group * form.group, (group + 1) * form.group)
-            terms = (x.long()[None] << shifts[:, plane, None, :, group]) * torch.sign(codes[:, plane, None, :, group])
+            terms = (x.long()[None] << shifts[:, plane, None, group]) * torch.sign(codes[:, plane, None, group])
             eights = terms.sum(0).view(len(x), -1, 8)
             table = torch.zeros(*eights.shape[:2], 256, dtype=torch.int64)
             table[..., 0] = -eights.sum(-1)

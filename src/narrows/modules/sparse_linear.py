@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Self
 
@@ -11,14 +10,14 @@ from torch import Tensor, nn
 
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Op
-from narrows.modules.compiled import library
+from narrows.modules import compiled
 from narrows.modules.linears import csr
 
 
 @cache
 def kernels() -> ctypes.CDLL:
     """The C code beside this file, compiled on first use; raises NarrowsError without a compiler."""
-    code = library("sparse_linear", "sparse linear")
+    code = compiled.library("sparse_linear", "sparse linear")
     numbers, addresses = [ctypes.c_int64] * 3, ctypes.c_void_p
     code.sparse_forward.argtypes = [addresses] * 3 + numbers + [addresses] * 3
     code.sparse_backward.argtypes = [addresses] * 3 + numbers + [addresses] * 5
@@ -30,16 +29,7 @@ def kernels() -> ctypes.CDLL:
 
 def in_parts(rows: int, run: Callable[[int, int], None]) -> None:
     """Call run(first, last) for whole tiles of rows, split over torch's threads."""
-    tile = kernels().tile_rows()
-    tiles = -(-rows // tile)
-    parts = max(1, min(torch.get_num_threads(), tiles))
-    ends = [min(rows, tiles * i // parts * tile) for i in range(parts + 1)]
-    if parts == 1:
-        run(0, rows)
-        return
-    with ThreadPoolExecutor(parts) as pool:  # the kernel runs without the interpreter's lock
-        for _ in pool.map(run, ends[:-1], ends[1:]):
-            pass
+    compiled.in_parts(0, rows, kernels().tile_rows(), torch.get_num_threads(), run)
 
 
 def check_input(x: Tensor, values: Tensor, inputs: int) -> None:
