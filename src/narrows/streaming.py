@@ -29,7 +29,7 @@ from narrows.directory import (
     unreadable,
 )  # fmt: skip
 from narrows.errors import NarrowsError
-from narrows.headers import INDEX, WHOLE, TensorInfo
+from narrows.headers import INDEX, WHOLE, TensorInfo, mapped
 from narrows.plan import Plan
 from narrows.progress import Tell, silent
 from narrows.staging import replacing
@@ -54,7 +54,7 @@ def stream(
     shard_bytes: int = SHARD_BYTES,
     tell: Tell = silent,
 ) -> Manifest:
-    """Apply a plan to a directory of safetensors and write the directory that `load` reads: all of it, or nothing.
+    """Apply a plan to a model directory and write the directory that `load` reads: all of it, or nothing.
 
     Memory holds one block, before and after, one file's worth of results, and what `data` is between two blocks. Raises
     NarrowsError for a technique that must see the whole model, and for weights that transformers renames when it loads them.
@@ -133,13 +133,11 @@ class _Pieces:
 
     def filled(self, module: "nn.Module", tied: Mapping[str, str]) -> "nn.Module":
         """A module with its weights; of two `tied` names one suffices. Raises NarrowsError for one that no file holds."""
-        from safetensors import safe_open
-
         state: dict[str, Tensor] = {}
         for name in module.state_dict().keys() & self.tensors.keys():
-            with safe_open(self.tensors[name].file, "pt") as file:  # for one tensor: pages of the file that were read count, too
-                tensor = file.get_tensor(name)
-                state[name] = tensor.to(self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
+            tensor = mapped(self.tensors[name])
+            state[name] = tensor.to(self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
+            del tensor  # pages of the file that were read count, too
         for one, other in tied.items():
             found = state.get(other, state.get(one))
             state.update({} if found is None else {one: found, other: found})
