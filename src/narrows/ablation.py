@@ -6,10 +6,12 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from narrows.gain import Gain
 from narrows.machine import Machine
 from narrows.plan import Plan
 from narrows.progress import Tell, silent
-from narrows.verify import Batches, Judge, Predicted, foreseen, resident_bytes, steps_of, time_pair
+from narrows.technique import Recovers
+from narrows.verify import Batches, Judge, foreseen, resident_bytes, steps_of, time_pair
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,7 @@ class Variant:
     """A part of a plan, measured beside the original: ratios of quality and bytes, and speed-ups by kind of step.
 
     noise: how far two timings of the original were apart, as a ratio of at least 1. predicted: speed-ups with their intervals.
+    added: ratios not to the original, but to what the steps before it had made of it.
     """
 
     plan: str
@@ -27,11 +30,24 @@ class Variant:
     bytes: float
     speed: Mapping[str, float]
     noise: Mapping[str, float]
-    predicted: Mapping[str, Predicted]
+    predicted: Mapping[str, Gain]
+    added: bool = False
 
     def gain(self, of: str) -> float:
         """The ratio to the original of quality, bytes, or the speed of a kind of step."""
         return {"quality": self.quality, "bytes": self.bytes, **self.speed}[of]
+
+    def over(self, before: "Variant", plan: str) -> "Variant":
+        """What the step that this variant has beyond `before` adds: the ratios to it."""
+        return Variant(
+            plan,
+            self.quality / before.quality,
+            self.bytes / before.bytes,
+            {kind: speed / before.speed[kind] for kind, speed in self.speed.items()},
+            {kind: noise * before.noise[kind] for kind, noise in self.noise.items()},
+            {kind: (said[0] / before.predicted[kind][0],) * 3 for kind, said in self.predicted.items()},
+            added=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Each step of a plan `alone`, and the plan `up_to` each of its steps; `measure` names the quality."""
+    """Each step of a plan `alone`, and the plan `up_to` each of its steps; `measure` names the quality.
+
+    A step that recovers stands in `alone` with what it adds to the steps before it.
+    """
 
     measure: str
     alone: tuple[Variant, ...]
@@ -82,10 +101,12 @@ def ablate(
     held_out: Batches,
     rounds: int = 15,
     tell: Tell = silent,
+    training: Batches = (),
 ) -> Ablation:
-    """Apply each step of a plan alone, and the plan up to each step, to copies of a model, and measure them beside it.
+    """Apply each step of a plan alone, and the plan step by step, to copies of a model, and measure them beside it.
 
-    seen: batches to calibrate on; held_out: those for quality. Timings interleave with the original on one thread.
+    seen: batches to calibrate on; training: to recover on; held_out: those for quality. Timings interleave with the
+    original on one thread. A step that recovers has nothing to do alone: what counts is what it adds to those before it.
     """
     import torch
 
@@ -94,18 +115,15 @@ def ablate(
     torch.set_num_threads(1)
     judge = Judge(model, held_out, None)
     sizes, ours = steps_of(model, prompt, context, held_out[0])
-    graphs = {kind: replace(from_module(model, step), eager=True) for kind, step in sizes.items()}
+    images = held_out[0] if any(value.is_floating_point() for value in held_out[0].values()) else None
+    graphs = {kind: replace(from_module(model, step, images), eager=True) for kind, step in sizes.items()}
     size = resident_bytes(model)
-    measured: dict[Plan, Variant] = {}
-    alone = [Plan((step,)) for step in plan]
-    up_to = [Plan(plan.steps[: i + 1]) for i in range(len(plan.steps))]
-    for part in dict.fromkeys((*alone, *up_to)):
-        tell(f"applying {part}")
-        changed = part.apply(deepcopy(model), seen)
+
+    def measure(part: Plan, changed: "torch.nn.Module") -> Variant:
         quality = judge.judge(changed)
         theirs = steps_of(changed, prompt, context, held_out[0])[1]
         times = {kind: time_pair(ours[kind], theirs[kind], rounds, tell, f"timing {part}") for kind in sizes}
-        measured[part] = Variant(
+        return Variant(
             str(part),
             quality.after / quality.before,
             resident_bytes(changed) / size,
@@ -113,7 +131,17 @@ def ablate(
             {kind: max(same, 1 / same) for kind, (_, _, _, same) in times.items()},
             {kind: foreseen(graph, part, machine, sizes[kind])[2] for kind, graph in graphs.items()},
         )
-    return Ablation(quality.measure, tuple(measured[p] for p in alone), tuple(measured[p] for p in up_to))
+
+    parts = [Plan(plan.steps[: i + 1]) for i in range(len(plan.steps))]
+    up_to = [measure(*made) for made in zip(parts, plan.applied(deepcopy(model), seen, training, tell), strict=True)]
+    alone = [up_to[0]]
+    for i, step in enumerate(plan.steps[1:], 1):
+        single = Plan((step,))
+        if isinstance(step, Recovers):
+            alone.append(up_to[i].over(up_to[i - 1], str(single)))
+        else:
+            alone.append(measure(single, single.apply(deepcopy(model), seen, training, tell)))
+    return Ablation(judge.measure, tuple(alone), tuple(up_to))
 
 
 def as_json(found: Ablation) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Techniques of narrows itself, without a paper: weights packed in the formats that suit a model and a machine."""
+"""Techniques of narrows itself, without a paper; here: weights packed in the formats that suit a model and a machine."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ from narrows.cost import Limit
 from narrows.errors import NarrowsError, closest
 from narrows.graph import DType, Graph, Op
 from narrows.machine import Machine
+from narrows.recover import Recover
 from narrows.step import Step
 from narrows.technique import Card, Example, No, Rewrites, Stage, Verdict, choice
 
@@ -302,4 +303,4 @@ def _put(model: "nn.Module", name: str, layer: "nn.Linear | nn.Embedding", packe
             model.all_tied_weights_keys, model._tied_weights_keys = {}, {}  # type: ignore[assignment]
 
 
-OWN: dict[str, type[Rewrites]] = {"int8": Int8}
+OWN: dict[str, type[Rewrites]] = {"int8": Int8, "recover": Recover}

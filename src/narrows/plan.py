@@ -11,19 +11,22 @@ from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.own import OWN
 from narrows.papers import papers
+from narrows.progress import Tell, silent
 from narrows.step import Step
-from narrows.technique import Described, No, Rewrites, Stage, Technique, Trains, Verdict, built, technique
+from narrows.technique import Described, No, Recovers, Rewrites, Stage, Technique, Trains, Verdict, built, technique
 
 if TYPE_CHECKING:
     import torch
 
 
 Prepare = Callable[[Graph], Graph]
+Batches = Sequence[Mapping[str, "torch.Tensor"]]
 
 # Why a stage comes before all later ones.
 BEFORE = {
     Stage.REMOVE: "what is removed needs no further work, and what is left is judged as it was trained",
     Stage.FACTOR: "layers are split by their full weights, before these are rounded or packed",
+    Stage.RECOVER: "weights that are rounded or packed can no longer be trained",
     Stage.CAST: "packed weights keep the dtype of what they are made from",
     Stage.QUANTIZE: "a cache is judged with the weights that will fill it",
     Stage.CACHE: "what is trained or compiled must be the final model",
@@ -39,6 +42,7 @@ def _as_it_is(graph: Graph) -> Graph:
 class Plan:
     """Techniques in the order in which they are applied: by stage, whatever order they were given in.
 
+    One that recovers what others cost stays behind those that it was written after, as long as weights can be trained.
     Two techniques of one stage that touch the same part exclude each other. `moved` says which pair was exchanged and why,
     '' where the order given was right. `Plan.parse(str(plan)) == plan`.
     """
@@ -50,11 +54,18 @@ class Plan:
         for step in self.steps:
             if not isinstance(step, Rewrites | Trains):
                 raise NarrowsError(f"{type(step).__name__} does not change a model.", where="plan", remedy="Use it on its own.")
-        wrong = next(((a, b) for a, b in pairwise(self.steps) if a.card.stage > b.card.stage), None)
+        placed = [(self._place(i), one) for i, one in enumerate(self.steps)]
+        wrong = next(((a[1], b[1]) for a, b in pairwise(placed) if a[0] > b[0]), None)
         if wrong:
             late, early = (one.card for one in wrong)
             object.__setattr__(self, "moved", f"{early.slug} is applied before {late.slug}: {BEFORE[early.stage]}")
-        object.__setattr__(self, "steps", tuple(sorted(self.steps, key=lambda t: t.card.stage)))
+        object.__setattr__(self, "steps", tuple(one for _, one in sorted(placed, key=lambda pair: pair[0])))
+
+    def _place(self, i: int) -> Stage:
+        """The stage in which step i is applied."""
+        stage = self.steps[i].card.stage
+        earlier = [one.card.stage for one in self.steps[:i] if not isinstance(one, Recovers)]
+        return min(stage, max(earlier)) if isinstance(self.steps[i], Recovers) and earlier else stage
 
     def __iter__(self) -> Iterator[Rewrites | Trains]:
         return iter(self.steps)
@@ -73,7 +84,8 @@ class Plan:
         for i, one in enumerate(self.steps):
             for other in self.steps[i + 1 :]:
                 shared = set(one.card.touches) & set(other.card.touches)
-                if one.card.slug == other.card.slug or (shared and one.card.stage == other.card.stage):
+                twice = one.card.slug == other.card.slug and not isinstance(one, Recovers)
+                if twice or (shared and one.card.stage == other.card.stage):
                     return No(
                         f"{one.card.slug} and {other.card.slug} both change {' and '.join(sorted(shared)) or 'the same thing'}"
                     )
@@ -105,23 +117,37 @@ class Plan:
         for one in self.steps:
             yield one, prepare if one is first else _as_it_is
 
-    def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]] = ()) -> "torch.nn.Module":
+    def apply(
+        self, model: "torch.nn.Module", data: Batches = (), training: Batches = (), tell: Tell = silent
+    ) -> "torch.nn.Module":
         """The model after all of them; the one given is spent.
 
+        training: what steps that recover learn on, unlabelled; `data`, on which the others calibrate, if nothing is given.
         Raises NarrowsError where calibration data is missing, or a weight is NaN or infinite, before anything is changed.
         """
+        for changed in self.applied(model, data, training, tell):
+            model = changed
+        return model
+
+    def applied(
+        self, model: "torch.nn.Module", data: Batches = (), training: Batches = (), tell: Tell = silent
+    ) -> "Iterator[torch.nn.Module]":
+        """The model after each step in turn, as `apply` makes it; the next step spends it."""
+        steps = [one for one in self.steps if isinstance(one, Rewrites)]
         for one in self.steps:
             slug = one.card.slug
-            if not isinstance(one, Rewrites):
+            if one not in steps:
                 raise NarrowsError(f"{slug} changes how a model is trained.", where="plan", remedy="Use its attach().")
             if "calibration" in one.card.needs and not data:
                 raise NarrowsError(f"{slug} needs calibration data.", where="plan", remedy="Pass a few batches, or --text FILE.")
         for name, weight in model.named_parameters():
             if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
                 raise NarrowsError("holds NaN or infinite numbers.", where=name, remedy="Repair the model first.")
-        for one in self.steps:
-            model = one.apply(model, data)  # type: ignore[union-attr]
-        return model
+        lessons = {one: one.remember(model, training or data, tell) for one in steps if isinstance(one, Recovers)}
+        for one in steps:
+            tell(f"applying {one.card.slug}")
+            model = one.recover(model, lessons[one], tell) if isinstance(one, Recovers) else one.apply(model, data)
+            yield model
 
 
 def _written(technique: Technique) -> str:

@@ -18,6 +18,7 @@ from narrows.errors import NarrowsError
 from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.papers import Paper, module_name, paper, papers
+from narrows.progress import Tell, silent
 from narrows.step import Step
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Stage(IntEnum):
 
     REMOVE = 10
     FACTOR = 20
+    RECOVER = 22
     CAST = 25
     QUANTIZE = 30
     CACHE = 40
@@ -180,6 +182,38 @@ class Rewrites(Technique):
     def example_instance(cls) -> "Rewrites":
         """The instance that fits `example()`; the defaults, unless the example is too small for them."""
         return cls()
+
+
+Lessons = Callable[[int], Any]  # from the number of a step of training: what a model is given in it, and its teacher's answers
+
+
+class Recovers(Rewrites):
+    """Training that gives back what the steps of a plan before it have cost: the teacher is the model that the plan was given.
+
+    What must be known of the teacher is kept before the first step spends it. The graph's work stays as it is.
+    """
+
+    @abstractmethod
+    def remember(self, teacher: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]], tell: Tell) -> Lessons:
+        """What is kept of the teacher; it holds none of its weights, unless the technique says so."""
+
+    @abstractmethod
+    def recover(self, model: "torch.nn.Module", lessons: Lessons, tell: Tell) -> "torch.nn.Module":
+        """The model after training on what was kept; the one given is spent."""
+
+    def check(self, graph: Graph, machine: Machine | None, step: Step) -> Verdict:
+        layers = [op for op in graph if op.weight is not None]
+        for op in layers:
+            if op.weight and (op.weight.scale_bits or op.weight.bits < 16):
+                return No(f"{op.name} keeps its weights as {op.weight.name}, which cannot be trained: recover before packing")
+        return True if layers else No("it has no weights to train")
+
+    def rewrite(self, graph: Graph) -> Graph:
+        return graph
+
+    def apply(self, model: "torch.nn.Module", data: Sequence[Mapping[str, "torch.Tensor"]]) -> "torch.nn.Module":
+        """With itself as the teacher: what it can give back alone. In a plan, `Plan.apply` names the teacher."""
+        return self.recover(model, self.remember(model, data, silent), silent)
 
 
 class Trains(Technique):
@@ -329,7 +363,7 @@ def technique_class(module: Any, slug: str) -> type[Technique]:
 
 
 def face(found: type[Technique] | Described) -> str:
-    """What narrows can do with a paper: Rewrites, Trains, Measures, Schedules, Serves, Searches, or Described."""
+    """What narrows can do with a paper: Rewrites, Recovers, Trains, Measures, Schedules, Serves, Searches, or Described."""
     if isinstance(found, Described):
         return "Described"
     return next(base.__name__ for base in found.__mro__[1:] if base.__module__ == __name__)

@@ -23,10 +23,11 @@ from narrows.progress import Tell
 from narrows.search import budget as budgets
 from narrows.staging import check_place
 from narrows.step import Step
-from narrows.technique import No, Stage, Verdict
+from narrows.technique import No, Recovers, Stage, Verdict
 
 GGUF_READERS = ["narrows", "transformers", "llama.cpp"]
 CALIBRATION, HELD_OUT, LENGTH = 8, 8, 256  # batches, batches, tokens: a minute for a 135M model, figures stable to a percent
+TRAINING = 64  # batches of the half of the text that nothing is held out of, where a plan trains
 
 
 def _prose(text: str | None) -> tuple[str, str]:
@@ -43,6 +44,13 @@ def _batches(tokenizer: Any, length: int, prose: str, held_out: bool) -> verifyi
         raise NarrowsError("it has no tokenizer.", where="model", remedy="Use narrows.verify from Python with your own batches.")
     places = samples.token_batches(tokenizer, CALIBRATION + HELD_OUT, length, prose=prose)
     return places[CALIBRATION:] if held_out else places[:CALIBRATION]
+
+
+def _lessons(plan: Plan, tokenizer: Any, length: int, prose: str) -> verifying.Batches:
+    """What a plan that recovers trains on: tokens from all over the half of the text that calibration is from."""
+    if not any(isinstance(step, Recovers) for step in plan):
+        return ()
+    return samples.token_batches(tokenizer, TRAINING, length, prose=prose[: len(prose) // 2])
 
 
 def _function(name: str) -> Any:
@@ -112,8 +120,8 @@ def apply(
     prose = _prose(text)[1]
     data, held_out = (_batches(tokenizer, _longest(loaded.config), prose, held_out=late) for late in (False, True))
     judge = verifying.Judge(loaded, held_out, None) if gate else None
-    tell(f"applying {plan}")
-    changed = plan.apply(loaded, data)
+    training = _lessons(plan, tokenizer, _longest(loaded.config), prose)
+    changed = plan.apply(loaded, data, training, tell)
     quality = judge.judge(changed, gate) if judge and gate else None
     if quality and quality.failure and not keep:
         return quality, None
@@ -244,4 +252,5 @@ def ablate(
     model, tokenizer = directory.load(before)
     prose, length = _prose(text)[1], _longest(model.config)
     seen, held_out = (_batches(tokenizer, length, prose, held_out=late) for late in (False, True))
-    return ablation.ablate(model, plan, machine, prompt, context, seen, held_out, rounds, tell)
+    training = _lessons(plan, tokenizer, length, prose)
+    return ablation.ablate(model, plan, machine, prompt, context, seen, held_out, rounds, tell, training)
