@@ -64,3 +64,23 @@ def test_it_is_printed_and_kept(found):
     assert "product of the steps" in screen.export_text()
     single = replace(made, alone=made.alone[:1], up_to=made.up_to[:1])
     assert single.products["decode"].interaction == 1
+
+
+def test_a_recovery_counts_with_what_it_adds_to_the_steps_before_it():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 64, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    batches = [{"input_ids": torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+    plan = Plan.parse("llm-drop:attention=1 + recover:steps=8,rate=0.01 + int8")
+    made = ablation.ablate(model, plan, machine("h100-sxm"), 8, 8, batches[:2], batches[2:], 1, training=batches[2:])
+    dropped, recovery, packed = made.alone
+    assert [one.plan for one in made.alone] == str(plan).split(" + ")
+    assert recovery.quality == pytest.approx(made.up_to[1].quality / made.up_to[0].quality) and recovery.quality != 1
+    assert [one.added for one in made.alone] == [False, True, False] and "recover:steps=8,rate=0.01 added" in str(
+        ablation_table(made)
+    )
+    assert recovery.bytes == 1 and {said[0] for said in recovery.predicted.values()} == {1}
+    assert made.products["quality"].of_steps == pytest.approx(dropped.quality * recovery.quality * packed.quality)
+    original = verify.perplexity(model, batches[2:])
+    whole = verify.perplexity(plan.apply(model, batches[:2], batches[2:]), batches[2:])
+    assert made.up_to[-1].quality == pytest.approx(whole / original, rel=1e-6)  # step by step is what it does at once

@@ -16,9 +16,10 @@ from narrows import calibrate as calibrating
 from narrows import probes
 from narrows.calibrate import Bench, bench_of, cpu_seconds, interval, measured, predicted
 from narrows.cli import cli
-from narrows.costmodel import achieved, achieved_at, op_time
+from narrows.costmodel import achieved, achieved_at, dispatch_seconds, op_time
 from narrows.errors import NarrowsError
-from narrows.graph import BF16, FP32, Op
+from narrows.gain import parts
+from narrows.graph import BF16, FP32, Graph, Op
 from narrows.machine import Machine, Memory, machine
 from narrows.step import Step
 
@@ -43,6 +44,11 @@ def known(kind: str = "cpu") -> Machine:
 TRUTH = known()
 
 
+def sourced(efficiency: dict[str, dict[str, float]]) -> Machine:
+    found = replace(TRUTH, efficiency=efficiency, sources={})
+    return replace(found, sources=dict.fromkeys(found.figures(), "a test"))
+
+
 @dataclass(frozen=True)
 class Known(Bench):
     """A bench on which nothing runs: probes take what a known machine's cost model says, times `slower` in whole networks."""
@@ -62,6 +68,15 @@ def few_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def bench(truth: Machine, slower: float = 1.0) -> Known:
     return Known("cpu", "a stand-in", truth.kind, 1e10, 1, cpu_seconds, truth=truth, slower=slower)
+
+
+def test_a_file_from_before_gains_were_judged_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    old, new = ({name: spread(1.0) for name in names} for names in (("step",), ("step", "gain")))
+    monkeypatch.setenv("NARROWS_HOME", str(tmp_path))
+    monkeypatch.setattr(calibrating, "calibrate", lambda progress: sourced(new))
+    for kept, found in ((old, new), (new, new), ({}, {})):
+        sourced(kept).save(tmp_path / "here.toml")
+        assert calibrating.here().efficiency == found == machine(tmp_path / "here.toml").efficiency
 
 
 @pytest.mark.usefixtures("few_networks")
@@ -84,6 +99,36 @@ def test_a_known_machine_gives_itself_back(tmp_path: Path) -> None:
     for op in cases:
         ours, true = (float(op_time(op, Step.forward(), m, eager=True).seconds) for m in (found, truth))
         assert ours == pytest.approx(true, rel=0.3), op
+
+
+@pytest.mark.usefixtures("few_networks")
+def test_what_a_product_costs_before_its_first_byte_is_told_from_its_bandwidth() -> None:
+    """A library that takes 30 us to start a product in bf16: small matrices show it, and bandwidth does not."""
+    slow = {"dispatch-matmul-bf16": spread(1e-6 / 31e-6)}
+    truth = replace(known(), efficiency={**known().efficiency, **slow}, sources={})
+    found = measured(bench(truth))
+    op = Op("l", "linear", {"rows": 1, "inputs": 640, "outputs": 160}, act=BF16, weight=BF16)
+    assert dispatch_seconds(op, found) == pytest.approx(30e-6, rel=0.2)
+    assert dispatch_seconds(replace(op, act=FP32, weight=FP32), found) < 1e-6
+    ours, true = (float(op_time(op, Step.forward(), m, eager=True).seconds) for m in (found, truth))
+    assert ours == pytest.approx(true, rel=0.15)
+
+
+def test_the_interval_of_gains_is_what_ratios_of_networks_were_off_by() -> None:
+    """Three networks in two formats: one 10 % slower than predicted in either of them, and one in both alike."""
+    each = [Op("l", "linear", {"rows": 1, "inputs": 512, "outputs": 4096}, act=act, weight=act) for act in (FP32, BF16)]
+    whole = [probes.Probe("", (op,), list, Step.decode(1, 8), network) for network in ("one", "two", "three") for op in each]
+    off = np.log([1.1, 1.0, 1.0, 1.1, 0.9, 0.9])
+    alike = replace(
+        TRUTH, efficiency={**TRUTH.efficiency, "gain": {"median": 1.0, "low": 1 / math.e, "high": math.e}}, sources={}
+    )
+    one, two = (parts(Graph("", (op,), eager=True), alike, Step.decode(1, 8)) for op in each)
+    apart = one.distance(two)
+    found = calibrating._gains(TRUTH, whole, off)
+    rms = math.sqrt(2 * math.log(1.1) ** 2 / 3)
+    assert math.log(found["high"]) == pytest.approx(calibrating._half_width(4) * rms / apart)
+    assert found["low"] == pytest.approx(1 / found["high"])
+    assert calibrating._gains(TRUTH, whole[::2], off[::2]) == {}
 
 
 @pytest.mark.usefixtures("few_networks")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from narrows.backward import gradient_exchange, training
 from narrows.capture import bundled, capture
 from narrows.cost import CAUSES, cost, total
-from narrows.costmodel import achieved, op_seconds, op_time, tile_use, wired
+from narrows.costmodel import achieved, op_seconds, op_time, rests_on, tile_use, wired
 from narrows.diagnose import as_json, diagnose, seconds
 from narrows.footprint import footprint
-from narrows.graph import FP16, Graph, Op, at
+from narrows.graph import BF16, FP16, FP32, Graph, Op, at
 from narrows.kinds import KINDS
 from narrows.machine import machine, machines
 from narrows.parallel import tensor_parallel
@@ -105,6 +105,31 @@ def test_tiles_waste_what_lies_outside_the_matrix() -> None:
     assert tile_use(4096, 4096, 1, H100) > 0.85
     assert tile_use(1, 4096, 1, H100) < 0.2
     assert 0 < tile_use(np.array([1, 17, 129]), 4096, 1, H100).min() <= 1
+
+
+def test_what_a_kernel_costs_before_its_work_counts_as_launch_and_leaves_other_formats_alone() -> None:
+    share = {"dispatch-matmul-bf16": {"median": 0.04, "low": 0.04, "high": 0.04}}
+    plain = replace(machine("desktop-avx2"), efficiency={"matmul": {"median": 1.0, "low": 1.0, "high": 1.0}}, sources={})
+    slow = replace(plain, efficiency={**plain.efficiency, **share})
+    dims = {"rows": 1, "inputs": 512, "outputs": 64}
+    for form, extra in ((BF16, plain.kernel_seconds * (1 / 0.04 - 1)), (FP32, 0.0)):
+        op = Op("l", "linear", dims, act=form, weight=form, repeat=3)
+        one, two = (op_time(op, Step.forward(), m) for m in (plain, slow))
+        assert two.causes["launch"] - one.causes["launch"] == pytest.approx(3 * extra)
+        assert two.seconds - one.seconds == pytest.approx(3 * extra)
+
+
+def test_a_norm_of_several_eager_kernels_streams_as_pointwise_ones_do() -> None:
+    own = {name: {"median": m, "low": m, "high": m} for name, m in (("memory-norm", 0.1), ("memory-pointwise", 0.8))}
+    here = replace(machine("desktop-avx2"), efficiency=own, launch_seconds=1e-12, sources={})
+    fused, several = (Op("n", "norm", {"rows": 4096, "width": 768}, act=FP32, kernels=kernels) for kernels in (1, 6))
+    moved = {op: cost(op, Step.forward(), eager=True) for op in (fused, several)}
+    rate = here.memory.bandwidth_bytes_per_s
+    for op, reached in ((fused, 0.1), (several, 0.8)):
+        expected = float(moved[op].read_bytes + moved[op].write_bytes) / rate / reached
+        assert op_time(op, Step.forward(), here, eager=True).seconds == pytest.approx(expected, rel=1e-3)
+    assert rests_on(several, "activations", here, eager=True) == "memory-pointwise-fp32-fp32"
+    assert {rests_on(fused, "activations", here, True), rests_on(several, "activations", here)} == {"memory-norm-fp32"}
 
 
 def test_a_training_step_is_three_forwards_and_an_update() -> None:

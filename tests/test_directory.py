@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from narrows.capture import capture
 from narrows.directory import Manifest, headers, load, read_by_others, read_header, read_plan, save, verify_manifest
 from narrows.errors import NarrowsError
 from narrows.free import FREE
@@ -25,6 +26,7 @@ from narrows.graph import Graph
 from narrows.machine import Machine
 from narrows.plan import Plan
 from narrows.step import Step
+from narrows.streaming import stream
 from narrows.technique import Card, Example, Rewrites, Stage, Verdict
 
 torch = pytest.importorskip("torch")
@@ -563,11 +565,48 @@ def test_links_of_the_download_cache_are_followed(original: Path, tmp_path: Path
     assert load(snapshot)[0] is not None
 
 
-def test_pickles_are_refused(copy: Path) -> None:
-    (copy / "model.safetensors").unlink()
-    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(NarrowsError, match=r"pytorch_model\.bin.*Convert it to safetensors"):
-        load(copy)
+def archived(folder: Path, parts: int) -> None:
+    """Keep a directory's weights as torch saves them instead: in one file, or in shards with an index."""
+    state = load(folder)[0].state_dict()
+    (folder / "model.safetensors").unlink()
+    names = [f"pytorch_model-{i + 1:05}-of-{parts:05}.bin" for i in range(parts)] if parts > 1 else ["pytorch_model.bin"]
+    held = [dict(list(state.items())[i::parts]) for i in range(parts)]
+    for name, tensors in zip(names, held, strict=True):
+        torch.save(tensors, folder / name)
+    if parts > 1:
+        places = {tensor: name for name, tensors in zip(names, held, strict=True) for tensor in tensors}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_weights_that_torch_saved_are_read_as_data(parts: int, original: Path, copy: Path, tmp_path: Path) -> None:
+    archived(copy, parts)
+    wanted, found = load(original)[0].state_dict(), load(copy)[0].state_dict()
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], t) for name, t in wanted.items())
+    assert capture(copy).ops == capture(original).ops
+    stream(copy, tmp_path / "streamed", Plan.parse("int8"))
+    model = load(tmp_path / "streamed")[0]
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, Plan.parse("int8").apply(load(original)[0])(IDS).logits)
+
+
+def test_other_pickles_and_damaged_files_have_one_clear_error(copy: Path) -> None:
+    whole = (copy / "model.safetensors").read_bytes()
+    archived(copy, 1)
+    archive = copy / "pytorch_model.bin"
+    good = archive.read_bytes()
+    cases = [("pytorch_model.bin", good[:-1000], r"pytorch_model\.bin: is not a state dict .*Get the file again"),
+             ("model.pt", good, "has no model.safetensors, and model.pt is not read"),
+             ("model.safetensors", whole[:-1000], r"model\.safetensors.*ends at byte .*damaged or was not written"),
+             ("model.safetensors", whole[:100], r"model\.safetensors: a header of .* does not fit a file of 100"),
+             ("model.gguf", b"GGUG" + bytes(100), r"model\.gguf: its gguf header is not valid .it begins with b'GGUG'"),
+    ]  # fmt: skip
+    archive.unlink()
+    for name, content, reason in cases:
+        (copy / name).write_bytes(content)
+        with pytest.raises(NarrowsError, match=reason):
+            load(copy / name if name.endswith("gguf") else copy)
+        (copy / name).unlink()
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])

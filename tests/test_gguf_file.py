@@ -41,6 +41,30 @@ def test_transformers_and_we_read_back_the_same_numbers(text, kind, bits, family
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("text", ["bf16", "int8", "awq:group=64"])
+def test_llama_cpp_computes_the_same(text, tmp_path, monkeypatch):
+    """It rounds the inputs of packed layers to 8 bits. Its AMX buffers end the process on some virtual machines."""
+    llama = pytest.importorskip("llama_cpp")
+    defaults = llama.llama_cpp.llama_model_default_params
+
+    def plain():
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    monkeypatch.setattr(llama.llama_cpp, "llama_model_default_params", plain)
+    plan, tokenizer, prose = Plan.parse(text), bpe(), "the tether"
+    model = plan.apply(tiny(vocab_size=len(tokenizer)), [{"input_ids": IDS}])
+    save_gguf(model, tokenizer, tmp_path / "model.gguf", plan)
+    reader = llama.Llama(str(tmp_path / "model.gguf"), logits_all=True, verbose=False, n_threads=1)
+    ids = reader.tokenize(prose.encode(), add_bos=False)
+    assert ids == tokenizer(prose)["input_ids"]
+    reader.eval(ids)
+    with torch.no_grad():
+        wanted = model.float()(torch.tensor([ids])).logits[0]
+    assert torch.cosine_similarity(torch.tensor(reader.scores[: len(ids)]), wanted, dim=-1).min() > 0.999
+
+
 def bpe(**changes):
     tokens = ["<end>", *pre_tokenizers.ByteLevel.alphabet(), "th", "the"]
     made = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[("t", "h"), ("th", "e")]))

@@ -33,7 +33,7 @@ def test_a_layer_holds_the_sum_of_its_planes_in_the_bytes_it_says(form: Planes, 
     error = float((layer.weight() - source.weight).square().sum())
     assert error == pytest.approx(found.errors[-1], rel=1e-3, abs=1e-6)
     stored = form.stored.bytes(source.weight.numel(), source.in_features)
-    assert stored + 4 * outputs <= layer.resident_bytes < stored + 4 * outputs + form.count
+    assert stored + 4 * outputs <= layer.resident_bytes < stored + 4 * outputs + form.count * outputs
     x = torch.randn(3, source.in_features)
     torch.testing.assert_close(layer(x), x @ layer.weight().T + source.bias)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from narrows import verify
+from narrows.capture import capture
+from narrows.graph import FP32
+from narrows.machine import machine
+from narrows.measured.kernels import in_format
 from narrows.plan import Plan
+from narrows.step import Step
 
 SIZES = {
     "hidden_size": 64,
@@ -102,6 +108,23 @@ def test_the_clock_pairs_its_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, ratio, same = verify.time_pair(work(4.0, 0.01), work(2.0, 0.02), rounds=5)
     assert ratio == pytest.approx(2.0, abs=0.05)
     assert same < 1
+
+
+def test_a_mixture_of_formats_is_foreseen_with_the_errors_of_each() -> None:
+    """Where each constant may be off by half as much again, the parts of a plan count by what they change of the step."""
+    graph = in_format(capture("smollm2-135m"), FP32)
+    known = {"median": 1.0, "low": 1 / 1.5, "high": 1.5}
+    here = replace(machine("desktop-avx2"), efficiency={"step": known, "gain": known}, sources={})
+
+    def width(plan: str) -> float:
+        ours, theirs, (ratio, low, high) = verify.foreseen(graph, Plan.parse(plan), here, Step.decode(1, 128), "after")
+        assert theirs.model == "after"
+        assert ratio == pytest.approx(ours.seconds / theirs.seconds)
+        assert low < ratio < high
+        return math.log(high / low)
+
+    assert width("bf16 + int8:but=gate_proj:int4g64") > 2 * math.log(1.5)  # none of it stays as it was
+    assert width("int8:but=gate_proj:plain;up_proj:plain;down_proj:plain") < width("int8") < width("bf16 + int8")
 
 
 def test_tied_weights_count_once(model: LlamaForCausalLM) -> None:

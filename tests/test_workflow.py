@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from narrows import workflow
 from narrows.cli.models import apply, verify
 from narrows.directory import verify_manifest
+from narrows.recover import Recover
 
 WORDS = [f"w{i}" for i in range(96)]
 
@@ -92,6 +93,23 @@ def test_verify_shows_each_step_alone(source, tmp_path):
     found = json.loads(result.stdout)["ablation"]
     assert [one["plan"] for one in found["alone"]] == ["bf16", "int8"]
     assert found["products"]["bytes"]["interaction"] > 1
+
+
+def test_a_plan_recovers_on_text_that_nothing_is_judged_by_and_leaves_nothing_when_killed(source, tmp_path, monkeypatch):
+    plan = ("--plan", "llm-drop:attention=1 + recover:steps=4 + int8")
+    assert run(source, tmp_path / "one", *plan).exit_code == run(source, tmp_path / "two", *plan).exit_code == 0
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    assert run(source, tmp_path / "less", "--plan", "llm-drop:attention=1 + int8").exit_code == 0
+    assert weights(tmp_path / "one")["model.safetensors"] != weights(tmp_path / "less")["model.safetensors"]
+    refused = run(source, tmp_path / "streamed", *plan, "--stream")
+    assert "must see the whole model" in str(refused.exception)
+
+    def killed(self: object, model: object, lessons: object, tell: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recover, "recover", killed)
+    assert run(source, tmp_path / "killed", *plan).exit_code != 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["less", "one", "two"]
 
 
 @pytest.mark.parametrize("options", [("--keep", "--plan", "int8"), ("--budget", "size<=60%", "--stream"), ()])

@@ -243,7 +243,7 @@ def _pixels(config: Any, batch: int, dtype: torch.dtype) -> Tensor:
 
 
 def trim_held(tracer: "Tracer", outputs: Any) -> None:
-    """Set what attention keeps to what the cache holds when the step is over: hooks throw some away, or hide some from it."""
+    """Set what attention keeps to what the cache holds when the step is over: hooks throw some away, hide some, or code it."""
     from transformers.cache_utils import DynamicLayer
 
     cache = getattr(outputs, "past_key_values", None)
@@ -255,3 +255,4 @@ def trim_held(tracer: "Tracer", outputs: Any) -> None:
         if layer is not None and not layer.is_sliding and isinstance(getattr(layer, "keys", None), Tensor):
             held = layer.keys.shape[0] * layer.keys.shape[-2]
             event.dims["held"] = held if isinstance(layer, DynamicLayer) else min(event.dims["held"], held)
+            event.cache = getattr(layer, "stored", event.cache)

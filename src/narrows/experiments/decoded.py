@@ -61,11 +61,14 @@ def rise(technique: Rewrites, kind: str) -> float:
     return float(decoded(technique, kind)[0] - decoded(None, kind)[0])
 
 
-def throughput(graph: Graph, machine: Machine, context: int) -> float:
-    """Tokens per second of the largest batch that fits a machine at a context (0: not even one)."""
+def largest_batch(graph: Graph, machine: Machine, context: int) -> int:
+    """The most sequences of a context that fit a machine, up to 1,024 (0: not even one)."""
     batches = np.arange(1, 1025)[:, None]
     fits = footprint(graph, Step.decode(batches, context)).fits(machine)
-    if not fits.any():
-        return 0.0
-    most = int(batches[fits].max())
-    return float(most / seconds(graph, machine, Step.decode(most, context))[0])
+    return int(batches[fits].max()) if fits.any() else 0
+
+
+def throughput(graph: Graph, machine: Machine, context: int) -> float:
+    """Tokens per second of the largest batch that fits a machine at a context (0: not even one)."""
+    most = largest_batch(graph, machine, context)
+    return float(most / seconds(graph, machine, Step.decode(most, context))[0]) if most else 0.0

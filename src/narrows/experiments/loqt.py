@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows import samples
 from narrows.backward import training
 from narrows.capture import capture
+from narrows.experiments.small_tasks import characters
 from narrows.experiments.steady import one_thread
 from narrows.footprint import footprint
 from narrows.modules.merged_linear import MergedLinear
@@ -32,7 +32,7 @@ def bytes_at_equal_loss(technique: LoQT) -> float:
 @one_thread()
 def _trained(technique: LoQT | None) -> tuple[float, int]:
     """Held-out nats per character of a network trained with Adam or a technique, and bytes of all that training keeps."""
-    windows, symbols = _windows()
+    windows, symbols = characters(CONTEXT)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Embedding(symbols, 16), nn.Flatten(), nn.Linear(16 * CONTEXT, 512), nn.GELU(),
                             nn.Linear(512, 512), nn.GELU(), nn.Linear(512, symbols))  # fmt: skip
@@ -51,14 +51,6 @@ def _trained(technique: LoQT | None) -> tuple[float, int]:
     states = (t for one in optimizer.state.values() for t in one.values() if isinstance(t, Tensor))
     gradients = (p.grad for p in network.parameters() if p.grad is not None)
     return loss, sum(t.nbytes for t in (*network.parameters(), *network.buffers(), *gradients, *states))
-
-
-@cache
-def _windows() -> tuple[Tensor, int]:
-    """Characters of the sample text, each with the 16 before it, and how many symbols there are."""
-    prose = samples.text()[1][:400_000].lower()
-    alphabet = {c: i for i, c in enumerate(sorted(set(prose)))}
-    return torch.tensor([alphabet[c] for c in prose]).unfold(0, CONTEXT + 1, 1), len(alphabet)
 
 
 def _layers() -> tuple[nn.Linear, nn.Linear]:

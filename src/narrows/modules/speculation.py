@@ -86,12 +86,12 @@ def speculate(
         while len(ahead) < outer:
             guess = small.guess([*said, *ahead], inner) if small else []
             truth = sparse.read([([*said, *ahead])[-1], *guess])
-            same = _same(guess, truth)
+            same = agreeing(guess, truth)
             sparse.back(len(guess) - same)
             ahead += truth[: same + 1]
             guessed, agreed = guessed + len(guess), agreed + same
         truth = whole.read([said[-1], *ahead])
-        same = _same(ahead, truth)
+        same = agreeing(ahead, truth)
         whole.back(len(ahead) - same)
         sparse.back(len(ahead))
         _follow(sparse.cache.layers, whole.cache.layers, same + 1)
@@ -101,7 +101,7 @@ def speculate(
     return Speculated(torch.cat([ids, torch.tensor([said[:tokens]])], 1), proposed, taken, guessed, agreed, steps)
 
 
-def _same(guess: list[int], truth: list[int]) -> int:
+def agreeing(guess: list[int], truth: list[int]) -> int:
     """How many guesses from the first on came true."""
     return next((i for i, (a, b) in enumerate(zip(guess, truth, strict=False)) if a != b), len(guess))
 
@@ -123,7 +123,7 @@ class _Guesser:
 
     def guess(self, said: list[int], count: int) -> list[int]:
         """The next tokens after those said since the prompt."""
-        same = _same(self.read[: len(said) - 1], said)
+        same = agreeing(self.read[: len(said) - 1], said)
         self.reader.back(len(self.read) - same)
         for layer in self.reader.cache.layers:
             drop = layer.keys.shape[-2] - SINKS - self.window

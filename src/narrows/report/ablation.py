@@ -12,7 +12,7 @@ def ablation_table(found: Ablation) -> Table:
         timed = (Cell(times(value)) for kind in kinds for value in (one.speed[kind], one.predicted[kind][0]))
         return Cell(says), Cell(f"{one.quality:.3f}"), Cell(f"{one.bytes:.3f}"), *timed
 
-    alone = [row(f"{one.plan} alone", one) for one in found.alone]
+    alone = [row(f"{one.plan} {'added' if one.added else 'alone'}", one) for one in found.alone]
     joined = [row(f"up to {one.plan.rpartition(' + ')[2]}", one) for one in found.up_to[1:]]
     products = found.products
     said = [f"{products[of].of_steps:.3f}" for of in ("quality", "bytes")]

@@ -176,6 +176,7 @@ def here_table(found: Mapping[str, Any]) -> Table:
     note = (
         f"median error {found['median']:.1%}, mean {found['mape']:.1%}; {found['coverage80']:.0%} inside their 80 % interval; "
         f"the faster of two forms named in {calls['right']} of {calls['cases']} cases"
+        + (f"; {found['gains_coverage80']:.0%} of {len(found['gains'])} gains inside theirs" if found["gains"] else "")
         + "".join(f"; {m['model']} was not measured: {m['reason']}" for m in found["absent"])
     )
     return Table("Predicted and measured here", heads, cells, note=note)

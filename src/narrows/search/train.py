@@ -309,7 +309,9 @@ def _price_all(job: Job, space: Space, net: Network, layout: Layout, found: _Fou
         drawn = joules(job, net, spent)
         points = np.column_stack([seconds, held, np.zeros_like(seconds) if drawn is None else drawn])
         front = found.front.setdefault((job.devices, job.price_per_hour), [])
-        front += [Rival(*points[at].tolist(), named(at, axes)) for at in unbeaten(points)]
+        for at in unbeaten(points):
+            own, kept, power = points[at].tolist()
+            front.append(Rival(own, kept, power, named(at, axes)))
 
 
 def unbeaten(points: NDArray[np.float64]) -> list[int]:

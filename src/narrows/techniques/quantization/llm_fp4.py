@@ -10,8 +10,8 @@ Memory-bound decoding, at a quarter of the weight bytes; and prefill on hardware
 
 ## When it does not
 4-bit activations cost much quality, the more the smaller the model. Hardware without fp4 units computes in a wider
-type, and CPUs, which have no kernel for these codes, are refused. The paper also searches the split between exponent and
-mantissa for each layer; here it is one option for all (`format`).
+type; CPUs, which read packed 4-bit integers faster, are refused where the plain weights fit the memory.
+The paper also searches the split between exponent and mantissa for each layer; here it is one option for all (`format`).
 
 ## Reference
 Liu et al., LLM-FP4: 4-Bit Floating-Point Quantized Transformers, EMNLP 2023.

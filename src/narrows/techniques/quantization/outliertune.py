@@ -12,7 +12,7 @@ decoding, at half the weight bytes (at 8 bits).
 Scales are fixed: inputs with outliers of single tokens, like the gated products before `down_proj`, get a scale for each
 token as it comes instead (`token`). On a CPU the int8 product wins 1.1 to 1.5 times over bf16 for layers of 4 million
 weights and more and up to 64 rows; with more rows rounding the inputs costs more than it saves, in smaller layers the
-calls do, and 6 bits would be unpacked first.
+calls do, and 6 bits are unpacked first.
 
 ## Reference
 Wang et al., OutlierTune: Efficient Channel-Wise Quantization for Large Language Models, 2024.
@@ -27,7 +27,7 @@ from narrows.cost import Limit
 from narrows.errors import NarrowsError
 from narrows.graph import Graph, Op, at
 from narrows.machine import Machine
-from narrows.modules.number_formats import SLOW_ON_CPU, CodesWeights, Coding, NumberFormat
+from narrows.modules.number_formats import CodesWeights, Coding, NumberFormat
 from narrows.step import Step
 from narrows.technique import Card, Claim, Example, Stage, choice
 
@@ -97,7 +97,7 @@ class OutlierTune(CodesWeights):
         if machine is None or machine.kind != "cpu":
             return ""
         if self.bits < 8:
-            return SLOW_ON_CPU
+            return super().unpaid(machine, graph, ops, step)
         rows, size = max(at(op["rows"], step) for op in ops), min(at(op["inputs"], step) * at(op["outputs"], step) for op in ops)
         if rows > CPU_ROWS:
             return f"{rows:.0f} rows are more than the {CPU_ROWS} up to which this CPU's int8 product makes up for rounding them"

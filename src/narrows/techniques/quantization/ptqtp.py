@@ -8,9 +8,8 @@ A model that does not fit its memory fits in a fifth of it, without calibration 
 and does not multiply runs it as it is: a product is sums of inputs, scaled once for each group.
 
 ## When it does not
-There is no kernel here that reads trits packed: layers are unpacked piece by piece at every step (on one thread of a
-Xeon a layer of 576 x 1536 takes about 50 times as long for one row as in bf16), so it is refused where the plain weights
-fit the memory.
+On a CPU reading two planes takes about as long as the bf16 layer for one row and longer for more, while packed 4 bits take a
+fifth; so it is refused where the plain weights fit the memory.
 At 4 bits and more, plain integers lose less.
 
 ## Reference
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 from narrows.cost import Limit
 from narrows.errors import NarrowsError
 from narrows.graph import Op
-from narrows.modules.linears import Planes, ReplacesLinears
+from narrows.modules.linears import CODES_ON_CPU, Planes, ReplacesLinears
 from narrows.step import Step
 from narrows.technique import Card, Claim, Example, Stage, choice
 
@@ -44,7 +43,7 @@ class PTQTP(ReplacesLinears):
         stage=Stage.QUANTIZE,
         touches=("linear weights",),
         blockwise=True,
-        price="above three bits a weight for a loss between that of 3-bit and 4-bit integers; slow without a kernel of its own",
+        price="above three bits a weight for a loss between that of 3-bit and 4-bit integers; no faster than bf16 on a CPU",
         claims=(
             Claim(
                 "bits_per_weight", "bits", 3.17, "two planes of 1.58 bits; ours with scales, Llama-2-7B's layers, group 128",
@@ -64,7 +63,7 @@ class PTQTP(ReplacesLinears):
             ),
         ),
     )  # fmt: skip
-    SLOWER = "unpacking trits for one row takes a CPU about 50 times as long as the bf16 product"
+    SLOWER = CODES_ON_CPU
 
     group: int = choice(128, 64, 32, help="inputs that share a scale in each plane")
     planes: int = choice(2, 1, help="planes of trits")

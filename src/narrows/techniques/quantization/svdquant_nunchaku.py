@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 from narrows.cost import Limit
 from narrows.errors import NarrowsError
 from narrows.graph import DType, Op
-from narrows.modules.linears import ReplacesLinears, branched
+from narrows.modules.linears import CODES_ON_CPU, ReplacesLinears, branched
 from narrows.step import Step
 from narrows.technique import Card, Claim, Example, Stage, choice
 
@@ -65,7 +65,7 @@ class SVDQuant(ReplacesLinears):
             ),
         ),
     )  # fmt: skip
-    SLOWER = "without kernels for 4-bit inputs one row takes a CPU about 40 times as long as in bf16"
+    SLOWER = CODES_ON_CPU
 
     rank: int = choice(32, 16, 64, help="of the branch; 0: smoothing and rounding alone")
     group: int = choice(64, 32, 128, help="inputs that share a scale, of a token and of an output")
