@@ -68,7 +68,7 @@ def plain_loop(requests: list[Request], rules: Rules, blocks: int, times: object
     def take(s: Plain, count: int) -> None:
         for _ in range(count):
             block, _ = free.popitem(last=False)
-            where.pop(inside.pop(block, (None, -1)), None)
+            forget(block)
             key = (s.key, len(s.blocks))
             inside[block], where[key] = key, block
             s.blocks.append(block)
