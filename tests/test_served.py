@@ -30,7 +30,7 @@ def test_counts_over_time_add_up_to_the_time_spent_in_each_state(given_moments: 
     watch, answers = Watch(), [answer(*one) for one in given_moments]
     for one in answers:
         watch.add(one)
-    spent = dict(zip((state for state, _, _ in STATES), ([w for _, w, _, _ in given_moments], [r for _, _, r, _ in given_moments],
+    spent = dict(zip(STATES, ([w for _, w, _, _ in given_moments], [r for _, _, r, _ in given_moments],
                  [a for _, _, _, a in given_moments]), strict=True))  # fmt: skip
     for state, row in watch.inside().items():
         assert sum(row) * watch.bin_seconds == pytest.approx(sum(spent[state]) / PS, abs=1e-9)

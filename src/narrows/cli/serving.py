@@ -72,6 +72,7 @@ replica_options = grouped_options(
     click.option("--power-cap", default=0.0, help="Watts of a device, under which its clock falls (default: no cap)."),
     click.option("--host-cache", default=0.0, help="GB of a replica's host for prompts that were read (of a trace with hashes)."),
     click.option("--disk-cache", default=0.0, help="GB of its disk for those that the host has no room for."),
+    click.option("--swap", is_flag=True, help="Evicted sequences wait in the host (of --host-cache) instead of being read again."),
 )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ FURTHER = ("replicas", "devices", "weights", "cache", "blocks", "max_sequences",
 def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, replicas: int, prefill: int,
           prefill_machine: str | None, engine: str, max_sequences: int | None, max_tokens: int | None, blocks: int,
           dtype: str | None, context: int | None, autoscale: str | None, least: int, power_cap: float, host_cache: float,
-          disk_cache: float, also: tuple[str, ...], prefill_also: tuple[str, ...], route: str, draft: str | None,
+          disk_cache: float, swap: bool, also: tuple[str, ...], prefill_also: tuple[str, ...], route: str, draft: str | None,
           acceptance: float | None, ahead: tuple[int, ...], clients: int | None,
           seeds: int, ttft: float, tpot: float, policy: str | None, tbt: float, flood: bool, what_ifs: bool,
           chrome: str | None, html: str | None, as_json: bool, **load: Any) -> None:  # fmt: skip
@@ -146,7 +147,7 @@ def serve(model: str, machine: str, devices: int, pipeline: int, experts: int, r
     started = time.process_time()
     graph = capture(model)
     graph = cast(graph, DTYPES[dtype]) if dtype else graph
-    own = fleet.rules(engine, max_sequences=max_sequences, max_tokens=max_tokens)
+    own = fleet.rules(engine, max_sequences=max_sequences, max_tokens=max_tokens, swap=swap or None)
     most = longest(model) if context is None else context
     proposed = _speculations(draft, acceptance, ahead)
     group = fleet.Group(graph, target(machine), own, devices, replicas, blocks, context=most, pipeline=pipeline, experts=experts,

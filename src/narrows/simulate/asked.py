@@ -15,7 +15,6 @@ from narrows.simulate.timeline import Span, Timeline
 RESOURCES = ("compute", "bandwidth", "link")
 MOST = 5000  # requests of a load that are looked at
 TIMES = 4  # that a flood fills what runs at a time
-STEPS = (("queue", "arrival", "admitted"), ("prompt", "admitted", "first"), ("answer", "first", "last"))
 
 
 def saturation(requests: Iterable[Request], group: Groups, prefill: Groups | None = None) -> float:
@@ -71,9 +70,8 @@ def timeline(answers: Sequence[Answer]) -> Timeline:
         arrival = answer.request.arrival
         lane = heappop(busy)[1] if busy and busy[0][0] <= arrival else len(busy)
         heappush(busy, (answer.last, lane))
-        moments = {"arrival": arrival, "admitted": answer.admitted, "first": answer.first, "last": answer.last}
         label = answer.request.name or str(number)
-        for kind, begin, end in STEPS:
-            if moments[end] > moments[begin]:
-                spans.append(Span(f"{label} {kind}", kind, f"lane {lane:04d}", moments[begin] / PS, moments[end] / PS))
+        for state, (begin, end) in answer.phases.items():
+            if end > begin:
+                spans.append(Span(f"{label} {state}", state, f"lane {lane:04d}", begin / PS, end / PS))
     return Timeline(tuple(spans))

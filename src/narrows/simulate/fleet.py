@@ -384,9 +384,20 @@ class _Service:
             return None
         if not self._apart:
             return request
+        if request.longest > 1 and (why := self._too_large(request)):
+            self._refuse(request, why)
+            return None
         name = str(next(self._names))
         self._asked[name] = request
         return replace(request, output=1, also=(), name=name)
+
+    def _too_large(self, request: Request) -> str:
+        """Why none of those that answer could hold it: then its prompt is not read either."""
+        why = ""
+        for engine in self._roles[1].engines:
+            if not (why := request.refusal(engine.rules, engine.blocks)):
+                break
+        return why
 
     def _hand_over(self, wire: _Wire, number: int, answer: Answer) -> None:
         """A prompt was read: its keys and values travel to where it is answered."""

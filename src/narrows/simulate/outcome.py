@@ -244,7 +244,7 @@ class GroupOutcome:
     def sentence(self, requests: int) -> str:
         """What it did, of so many requests."""
         o, what = self.seen, {"prompts": "read the prompts of", "answers": "answered"}.get(self.role, "served")
-        cost = "" if self.dollars is None else f", ${self.dollars:,.2f}"
+        cost = "" if self.dollars is None else f"; its devices cost ${self.dollars:,.2f}"
         done = f"{self.name} {what} {o.requests / max(requests, 1):.0%} of the requests, busy {self.utilization:.0%} of the time"
         last, spread = ("had their first token", o.ttft) if self.role == "prompts" else ("were answered", o.e2e)
         return f"{done}; 99 % of them {last} within {spread.quantile(0.99):.3g} s{cost}."

@@ -118,6 +118,13 @@ class Answer:
     cold_start: int = 0
     power_cap: int = 0
 
+    @property
+    def phases(self) -> dict[str, tuple[int, int]]:
+        """From when to when it was in each state."""
+        arrival = self.request.arrival
+        return {"waiting": (arrival, self.admitted), "being read": (self.admitted, self.first),
+                "being answered": (self.first, self.last)}  # fmt: skip
+
     def then(self, request: Request, later: "Answer") -> "Answer":
         """The whole answer to a request whose prompt was read here and whose other tokens came `later`, from elsewhere."""
         parts = {part: getattr(self, part) + getattr(later, part) for part in PARTS}

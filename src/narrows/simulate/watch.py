@@ -6,7 +6,7 @@ from itertools import accumulate
 from narrows.simulate.requests import Answer
 from narrows.simulate.step_times import PS
 
-STATES = (("waiting", "arrival", "admitted"), ("being read", "admitted", "first"), ("being answered", "first", "last"))
+STATES = ("waiting", "being read", "being answered")
 BINS = 400  # of equal time: when the load lasts longer, two become one
 SLOWEST = 12
 
@@ -16,7 +16,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._width = PS // 100  # picoseconds of a bin
-        self._changes = {state: [0] * (BINS + 1) for state, _, _ in STATES}  # of the picoseconds spent there, bin by bin
+        self._changes = {state: [0] * (BINS + 1) for state in STATES}  # of the picoseconds spent there, bin by bin
         self._slowest: list[tuple[int, int, Answer]] = []
         self._seen = 0
 
@@ -24,10 +24,9 @@ class Watch:
         """One request more."""
         while answer.last >= BINS * self._width:
             self._widen()
-        moments = {"arrival": answer.request.arrival, "admitted": answer.admitted, "first": answer.first, "last": answer.last}
-        for state, begin, end in STATES:
-            self._change(state, moments[begin], 1)
-            self._change(state, moments[end], -1)
+        for state, (begin, end) in answer.phases.items():
+            self._change(state, begin, 1)
+            self._change(state, end, -1)
         self._seen += 1
         one = answer.last - answer.request.arrival, -self._seen, answer
         if len(self._slowest) < SLOWEST:
