@@ -18,7 +18,7 @@ LAYERS = [
     {"graph"},
     {"backward", "parallel", "layout", "formulas"},
     {"cost", "costmodel", "energy", "footprint"},
-    {"capture", "technique", "samples", "headers", "torch_archive"},
+    {"capture", "technique", "samples", "headers", "weight_files", "torch_archive"},
     {"diagnose", "gain", "explain", "modules", "formats"},
     {"techniques", "free", "own", "recover", "simulate"},
     {"plan", "claims", "directory", "gguf_file", "streaming", "measured"},

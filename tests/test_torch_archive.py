@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from narrows import samples
 from narrows.errors import NarrowsError
-from narrows.headers import mapped
 from narrows.torch_archive import read_archive
+from narrows.weight_files import mapped
 
 torch = pytest.importorskip("torch")
 LAYOUTS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])

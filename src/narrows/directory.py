@@ -39,10 +39,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from narrows import formats, samples
 from narrows.claims import versions
 from narrows.errors import NarrowsError, closest
-from narrows.headers import DAMAGED, TensorInfo, damaged, headers, inside, mapped, read_header, read_json
+from narrows.headers import DAMAGED, TensorInfo, damaged, read_header, read_json
 from narrows.plan import Plan
 from narrows.staging import Explained, replacing
 from narrows.technique import Stage
+from narrows.weight_files import headers, inside, mapped
 
 if TYPE_CHECKING:
     import torch

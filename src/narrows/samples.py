@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from narrows.errors import NarrowsError
-from narrows.headers import mapped
 from narrows.torch_archive import read_archive
+from narrows.weight_files import mapped
 
 if TYPE_CHECKING:
     import torch

@@ -29,12 +29,13 @@ from narrows.directory import (
     unreadable,
 )  # fmt: skip
 from narrows.errors import NarrowsError
-from narrows.headers import INDEX, WHOLE, TensorInfo, mapped
+from narrows.headers import TensorInfo
 from narrows.plan import Plan
 from narrows.progress import Tell, silent
 from narrows.staging import replacing
 from narrows.step import Step
 from narrows.technique import No, Rewrites
+from narrows.weight_files import INDEX, WHOLE, mapped
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -72,7 +72,7 @@ replica_options = grouped_options(
     click.option("--power-cap", default=0.0, help="Watts of a device, under which its clock falls (default: no cap)."),
     click.option("--host-cache", default=0.0, help="GB of a replica's host for prompts that were read (of a trace with hashes)."),
     click.option("--disk-cache", default=0.0, help="GB of its disk for those that the host has no room for."),
-    click.option("--swap", is_flag=True, help="Evicted sequences wait in the host (of --host-cache) instead of being read again."),
+    click.option("--swap", is_flag=True, help="Evicted sequences wait in the host (--host-cache) instead of being read again."),
 )  # fmt: skip
 
 
