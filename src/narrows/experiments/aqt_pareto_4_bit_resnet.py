@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from narrows import samples
 from narrows.capture.torch import from_module
 from narrows.cost import cost
-from narrows.experiments.digit_network import correct
+from narrows.experiments.digit_network import BATCH, correct, train
 from narrows.experiments.steady import one_thread
 from narrows.modules.quantized_training import InputCodes, products, quantize
 from narrows.step import Step
 from narrows.techniques.quantization.aqt_pareto_4_bit_resnet import AQT, PLAIN
 
-TRAINED, EPOCHS, BATCH = 4000, 3, 100
+TRAINED = 4000
 
 
 class _Block(nn.Module):  # type: ignore[misc]
@@ -51,19 +51,9 @@ def _network(width: int) -> nn.Sequential:
 @one_thread()
 def _trained(technique: AQT, width: int) -> nn.Module:
     """The network after its training; the same batches each time."""
-    images, labels = samples.digits()
     model = _network(width)
-    optimizer = technique.attach(model, lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * TRAINED // BATCH)
-    generator = torch.Generator().manual_seed(0)
-    model.train()
-    for _ in range(EPOCHS):
-        for batch in torch.randperm(TRAINED, generator=generator).split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
+    train(model, optimizer=technique.attach(model, lr=5e-3), count=TRAINED)
+    return model
 
 
 def _cost(technique: AQT, width: int) -> float:

@@ -1,24 +1,19 @@
 """A small Llama that learns English letter by letter: what experiments on trained changes of a decoder have in common."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from narrows import samples
+from narrows.experiments.small_tasks import letters
 from narrows.experiments.steady import one_thread
 
 LAYERS, CONTEXT, STEPS, BATCH, RATE = 8, 64, 300, 24, 3e-3
 
 
-@cache
 def _codes() -> tuple[Tensor, int]:
-    """The sample text as numbers, a letter each, and how many different ones there are."""
-    prose = samples.text()[1][:1_000_000].lower()
-    alphabet = {c: i for i, c in enumerate(sorted(set(prose)))}
-    return torch.tensor([alphabet[c] for c in prose]), len(alphabet)
+    return letters(1_000_000)
 
 
 def network() -> Any:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from narrows.backward import training
 from narrows.capture import capture
-from narrows.experiments.small_tasks import characters
+from narrows.experiments.small_tasks import characters, learn
 from narrows.experiments.steady import one_thread
 from narrows.footprint import footprint
 from narrows.modules.fp8_training import ExpandedAdamW, packed
@@ -64,20 +63,10 @@ def _trained(technique: COAT) -> tuple[float, int, nn.Module, ExpandedAdamW]:
     network = nn.Sequential(nn.Embedding(symbols, 16), nn.Flatten(), *(Block() for _ in range(2)), nn.LayerNorm(WIDTH),
                             nn.Linear(WIDTH, symbols)).bfloat16()  # fmt: skip
     optimizer: Any = technique.attach(network, lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    train, held_out = rows[:-20_100], rows[-20_000::5]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
-        batch = train[torch.randint(len(train), (BATCH,), generator=generator)]
-        optimizer.zero_grad()
-        F.cross_entropy(network(batch[:, :CONTEXT]).float(), batch[:, CONTEXT]).backward()
-        optimizer.step()
-        schedule.step()
+    loss, batch = learn(network, optimizer, rows, STEPS, BATCH), rows[:BATCH]
     with Made((*network.parameters(), batch)) as made:
         answer = network(batch[:, :CONTEXT])
     left = made.alive - answer.nbytes
-    with torch.no_grad():
-        loss = float(F.cross_entropy(network(held_out[:, :CONTEXT]).float(), held_out[:, CONTEXT]))
     states = (t for one in optimizer.state.values() for t in one.values() if isinstance(t, Tensor))
     gradients = (p.grad for p in network.parameters() if p.grad is not None)
     return loss, left + sum(t.nbytes for t in (*network.parameters(), *gradients, *states)), network, optimizer

@@ -24,15 +24,16 @@ def fresh() -> nn.Sequential:
     )  # fmt: skip
 
 
-def train(model: nn.Module, after: Callable[[], None] = lambda: None) -> None:
-    """Adam with a falling rate over the training digits; `after` is called after each step."""
+def train(model: nn.Module, after: Callable[[], None] = lambda: None, optimizer: torch.optim.Optimizer | None = None,
+          count: int = TRAINED_ON) -> None:  # fmt: skip
+    """Adam, or another optimizer, with a falling rate over so many training digits; `after` is called after each step."""
     images, labels = samples.digits()
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * count // BATCH)
     generator = torch.Generator().manual_seed(0)
     model.train()
     for _ in range(EPOCHS):
-        for batch in torch.randperm(TRAINED_ON, generator=generator).split(BATCH):
+        for batch in torch.randperm(count, generator=generator).split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()

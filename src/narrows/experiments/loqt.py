@@ -6,11 +6,10 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from narrows.backward import training
 from narrows.capture import capture
-from narrows.experiments.small_tasks import characters
+from narrows.experiments.small_tasks import characters, learn
 from narrows.experiments.steady import one_thread
 from narrows.footprint import footprint
 from narrows.modules.merged_linear import MergedLinear
@@ -37,17 +36,7 @@ def _trained(technique: LoQT | None) -> tuple[float, int]:
     network = nn.Sequential(nn.Embedding(symbols, 16), nn.Flatten(), nn.Linear(16 * CONTEXT, 512), nn.GELU(),
                             nn.Linear(512, 512), nn.GELU(), nn.Linear(512, symbols))  # fmt: skip
     optimizer = technique.attach(network, lr=RATE) if technique else torch.optim.Adam(network.parameters(), RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    train, held_out = windows[:-20_100], windows[-20_000::5]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
-        rows = train[torch.randint(len(train), (BATCH,), generator=generator)]
-        optimizer.zero_grad()
-        F.cross_entropy(network(rows[:, :CONTEXT]), rows[:, CONTEXT]).backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        loss = float(F.cross_entropy(network(held_out[:, :CONTEXT]), held_out[:, CONTEXT]))
+    loss = learn(network, optimizer, windows, STEPS, BATCH)
     states = (t for one in optimizer.state.values() for t in one.values() if isinstance(t, Tensor))
     gradients = (p.grad for p in network.parameters() if p.grad is not None)
     return loss, sum(t.nbytes for t in (*network.parameters(), *network.buffers(), *gradients, *states))
